@@ -1,0 +1,170 @@
+"""The plug-in record of an architecture, its registry, and the two nouns that data and models exchange.
+
+An objective makes a `Batch`; a model turns it into a `LossSum`. Neither side knows the other. This module never
+imports torch: a login node plans, lists and counts with it. Third parties register a record under the
+entry-point group ``prottrans_hpc.architectures``; the built-in ones stand in `BUILT_IN`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.metadata
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from . import terminal
+from .errors import ConfigError
+from .stage import find
+
+ENTRY_POINT_GROUP = "prottrans_hpc.architectures"
+BUILT_IN = {"prot_bert": "prottrans_hpc.architectures.prot_bert:ARCHITECTURE"}
+
+Array = Any
+"""A numpy.ndarray when the objective makes it, a torch.Tensor when the model gets it."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro batch: S whole sequences packed end to end into T tokens, of which M are to be predicted."""
+
+    tokens: Array
+    """int64 [T]: corrupted input, special tokens included."""
+    positions: Array
+    """int64 [T]: position of each token within its own sequence, from 0."""
+    cu_seqlens: Array
+    """int32 [S + 1]: where each sequence starts, then T. Attention never crosses these borders."""
+    target_positions: Array
+    """int64 [M]: which of the T tokens are predicted."""
+    targets: Array
+    """int64 [M]: what they should be."""
+    sample_ids: Array
+    """int64 [S]: which sample of the corpus each sequence is."""
+    max_length: int
+    """Tokens of the longest sequence; 0 for an empty batch."""
+    num_residues: int
+    """Residues without special tokens."""
+
+
+@dataclass(frozen=True)
+class LossSum:
+    """What a model returns for a batch: sums, to be divided by the global count of targets by the caller."""
+
+    loss: Array
+    """Scalar tensor, fp32: sum of the negative log likelihoods in nats, connected to the graph even when M is 0."""
+    num_correct: Array
+    """Scalar tensor, int64: targets whose most likely token is the right one."""
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The tokens of an architecture, in the order that published weights index by."""
+
+    tokens: tuple[str, ...]
+    prefix: tuple[str, ...]
+    """Special tokens in front of every sequence."""
+    suffix: tuple[str, ...]
+    """Special tokens behind every sequence."""
+    mask: str
+    padding: str
+    unknown: str
+
+    def index(self, token: str) -> int:
+        """The id of a token."""
+        return self.tokens.index(token)
+
+    def residue_table(self) -> bytes:
+        """256 bytes that map an upper-case ASCII residue to its token id; every other byte to the unknown token."""
+        table = bytearray([self.index(self.unknown)] * 256)
+        for token_id, token in enumerate(self.tokens):
+            if len(token) == 1 and token.isalpha():
+                table[ord(token)] = token_id
+        return bytes(table)
+
+    def residue_ids(self) -> tuple[int, ...]:
+        """The ids of the 20 standard amino acids: what a random replacement is drawn from."""
+        return tuple(i for i, token in enumerate(self.tokens) if token in "ACDEFGHIKLMNPQRSTVWY" and len(token) == 1)
+
+
+@dataclass(frozen=True)
+class Size:
+    """One size of an architecture."""
+
+    shape: Any
+    """A frozen dataclass of the architecture's own: its hyper-parameters."""
+    reference: str
+    """Where the numbers come from."""
+    parameters_published: int | None = None
+    """As printed in the paper, rounded there."""
+    errata: tuple[str, ...] = ()
+    """Where the paper contradicts itself or its released weights."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Everything about an architecture that needs no torch, and the strings that say where the rest is."""
+
+    name: str
+    description: str
+    sizes: Mapping[str, Size]
+    vocabulary: Vocabulary
+    objectives: tuple[str, ...]
+    """Names of the objectives it can be trained with, the published one first."""
+    build: str
+    """ "module:function" of `(shape) -> torch.nn.Module`, whose forward maps a Batch to a LossSum and whose
+    `hidden(batch)` gives the last hidden states, [T, width]."""
+    huggingface: str
+    """ "module:attribute" of the `HuggingFaceLayout` for export and import."""
+    num_parameters: Callable[[Any], int]
+    """`(shape)` -> trainable parameters."""
+    flops: Callable[[Any, Sequence[int]], float]
+    """`(shape, tokens of each sequence)` -> floating-point operations of one forward and backward pass."""
+    activation_bytes: Callable[[Any, Sequence[int], str], int]
+    """`(shape, tokens of each sequence, precision)` -> bytes kept for the backward pass."""
+
+    def size(self, name: str) -> Size:
+        """One of the sizes. Raises ConfigError that lists them."""
+        if name not in self.sizes:
+            raise ConfigError(f"{self.name} has no size {name!r}; its sizes are {', '.join(self.sizes)}")
+        return self.sizes[name]
+
+
+def _registered() -> dict[str, str | importlib.metadata.EntryPoint]:
+    plugins = importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)
+    clashes = sorted({point.name for point in plugins} & BUILT_IN.keys())
+    if clashes:
+        terminal.warn(f"a plug-in registers {', '.join(clashes)}, which is built in; the built-in one is used")
+    return {point.name: point for point in plugins} | BUILT_IN
+
+
+def names() -> list[str]:
+    """The names of all registered architectures; plug-ins are listed without importing them."""
+    return sorted(_registered())
+
+
+def get(name: str) -> Architecture:
+    """A registered architecture. Raises ConfigError with the known names, or with what broke in a plug-in."""
+    registered = _registered()
+    if name not in registered:
+        close = difflib.get_close_matches(name, registered, n=1)
+        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        raise ConfigError(f"no architecture is called {name!r}{hint}; registered are {', '.join(sorted(registered))}")
+    source = registered[name]
+    try:
+        record = find(source) if isinstance(source, str) else source.load()
+    except Exception as error:
+        raise ConfigError(f"the plug-in of the architecture {name!r} cannot be loaded: {type(error).__name__}: {error}") from error
+    if not isinstance(record, Architecture):
+        raise ConfigError(f"the plug-in of the architecture {name!r} gives a {type(record).__name__}, not an Architecture record")
+    return record
+
+
+def available() -> list[Architecture]:
+    """Every architecture that loads; a broken plug-in is a warning here, an error only when asked for by name."""
+    found = []
+    for name in names():
+        try:
+            found.append(get(name))
+        except ConfigError as error:
+            terminal.warn(str(error))
+    return found

@@ -1,0 +1,208 @@
+"""The recipe: the science of a run, as a human writes it in ``jobs/*.toml``.
+
+A recipe never mentions hardware; a machine profile never mentions science; only the planner knows both.
+Sizes are per step and count sequences; a residue is a token, special tokens are not counted.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic.dataclasses import dataclass
+
+from . import config
+from .config import STRICT
+from .errors import ConfigError
+
+
+@dataclass(frozen=True, config=STRICT)
+class ArchitectureChoice:
+    """Which registered architecture is trained, at which of its sizes."""
+
+    name: str
+    """A registered architecture: `prottrans models` lists them."""
+    size: str
+    """One of its sizes: `prottrans models show NAME` lists them."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class Masked:
+    """BERT's objective: predict corrupted residues from both sides (Devlin et al. 2019, section 3.1)."""
+
+    name: Literal["masked"] = "masked"
+    fraction: float = 0.15
+    """Share of the residues that are to be predicted, each drawn independently."""
+    mask_share: float = 0.8
+    """Share of those that the mask token replaces."""
+    random_share: float = 0.1
+    """Share of those that a random residue replaces; the others stay as they are."""
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.fraction < 1.0:
+            raise ValueError(f"fraction must be between 0 and 1, not {self.fraction}")
+        if min(self.mask_share, self.random_share) < 0.0 or self.mask_share + self.random_share > 1.0:
+            raise ValueError(f"mask_share {self.mask_share} and random_share {self.random_share} must not be negative and not exceed 1 together")
+
+
+@dataclass(frozen=True, config=STRICT)
+class Phase:
+    """A stretch of training with its own sequence limit and batch (the papers: 512, then 2,048 residues)."""
+
+    steps: int
+    """Optimizer steps in this phase."""
+    max_residues: int
+    """Longest sequence, in residues; what is longer is handled as `order.long_sequences` says."""
+    global_batch_size: int | None = None
+    """Sequences a step, over all ranks. Give this or `global_batch_residues`."""
+    global_batch_residues: int | None = None
+    """Residues a step, over all ranks: a step takes sequences, in order, until the next would exceed it."""
+    warmup_steps: int = 0
+    """Steps over which the learning rate rises linearly from 0 at the start of this phase."""
+    learning_rate: float | None = None
+    """Peak learning rate of this phase, if not the optimizer's."""
+
+    def __post_init__(self) -> None:
+        if (self.global_batch_size is None) == (self.global_batch_residues is None):
+            raise ValueError("give either global_batch_size or global_batch_residues, not both and not neither")
+        if min(self.steps, self.max_residues, self.global_batch_size or 1, self.global_batch_residues or 1) < 1:
+            raise ValueError("steps, max_residues and the global batch must be at least 1")
+        if not 0 <= self.warmup_steps <= self.steps:
+            raise ValueError(f"warmup_steps {self.warmup_steps} must be between 0 and steps {self.steps}")
+
+
+@dataclass(frozen=True, config=STRICT)
+class Optimizer:
+    """Which optimizer, and its numbers."""
+
+    name: Literal["lamb", "adamw"]
+    learning_rate: float
+    weight_decay: float = 0.01
+    """Decoupled; never applied to biases and norm weights."""
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 1e-6
+    clip_norm: float = 1.0
+    """Largest global L2 norm of the gradient; 0 switches clipping off."""
+
+    def __post_init__(self) -> None:
+        if self.learning_rate <= 0.0 or self.epsilon <= 0.0 or self.weight_decay < 0.0:
+            raise ValueError("learning_rate and epsilon must be positive and weight_decay not negative")
+        if not (0.0 <= self.beta1 < 1.0 and 0.0 <= self.beta2 < 1.0):
+            raise ValueError("beta1 and beta2 must be at least 0 and below 1")
+
+
+@dataclass(frozen=True, config=STRICT)
+class Schedule:
+    """How the learning rate falls after the warm-up of a phase."""
+
+    decay: Literal["linear", "inverse_square_root", "cosine", "constant"] = "linear"
+    final_fraction: float = 0.0
+    """Linear and cosine end a phase at this fraction of the peak."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class Order:
+    """The order of samples: a pure function of corpus, seed and epoch."""
+
+    long_sequences: Literal["crop", "split"] = "crop"
+    """A sequence over the phase's limit: a random window of it, or all its consecutive fragments as samples."""
+    block_sequences: int = 64
+    """Consecutive sequences that stay together when blocks are shuffled (sequential reads from disk)."""
+    window_blocks: int = 512
+    """Blocks within which single sequences are shuffled again."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class Loading:
+    """How batches reach the model; none of it changes which sequences a step sees."""
+
+    bin_residues: int = 16384
+    """Residues of one packed micro batch; raised to the phase's `max_residues` where that is larger."""
+    prefetch_steps: int = 2
+    """Steps prepared ahead in the background."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class Parallel:
+    """How ranks talk."""
+
+    comm: Literal["torch", "horovod"] = "torch"
+    """torch.distributed (DDP over gloo or nccl) or Horovod; one rank needs neither."""
+    bucket_mib: int = 25
+    """Size of a gradient bucket, MiB."""
+    timeout_s: int = 600
+    """A collective that takes longer means a dead rank: the whole gang ends."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class Checkpointing:
+    """When training state is saved, and what is kept."""
+
+    every_steps: int
+    keep_last: int = 3
+    keep_every_steps: int = 0
+    """Checkpoints at multiples of this many steps are kept for ever; 0 keeps none."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class Validation:
+    """When the loss on the held-out split is measured."""
+
+    every_steps: int = 0
+    """0: never."""
+    max_sequences: int = 1024
+    """The first so many of the validation split, in a fixed order with fixed masks."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class Recipe:
+    """Everything that defines a training run apart from its hardware and its corpus."""
+
+    description: str
+    architecture: ArchitectureChoice
+    phases: tuple[Phase, ...]
+    optimizer: Optimizer
+    checkpoint: Checkpointing
+    objective: Masked = Masked()
+    schedule: Schedule = Schedule()
+    order: Order = Order()
+    loading: Loading = Loading()
+    parallel: Parallel = Parallel()
+    validation: Validation = Validation()
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """fp32, or bf16 autocast with fp32 weights."""
+    seed: int = 42
+    non_finite_limit: int = 3
+    """So many steps in a row with a non-finite loss or gradient trigger the rollback."""
+
+    def __post_init__(self) -> None:
+        if not self.phases:
+            raise ValueError("a recipe needs at least one [[phases]]")
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of all phases."""
+        return sum(phase.steps for phase in self.phases)
+
+
+_NOT_SCIENCE = ("description", "loading", "parallel", "checkpoint", "validation")
+
+
+def read_recipe(name_or_path: str, settings: tuple[str, ...] = ()) -> Recipe:
+    """Read a recipe by name or path with ``--set`` applied. Raises ConfigError."""
+    path = config.find_file("jobs", name_or_path)
+    return config.parse(Recipe, config.with_settings(config.read_toml(path), settings), source=str(path))
+
+
+def science(recipe: Recipe) -> dict[str, Any]:
+    """The fields that define the result; two runs that agree in them are the same experiment."""
+    values: dict[str, Any] = config.to_json(recipe)
+    return {key: value for key, value in values.items() if key not in _NOT_SCIENCE}
+
+
+def recipe_from_json(values: dict[str, Any], *, source: str) -> Recipe:
+    """The recipe in a run.json. Raises ConfigError when another version wrote fields that this one does not know."""
+    try:
+        return config.parse(Recipe, values, source=source)
+    except ConfigError as error:
+        raise ConfigError(f"{error}. The file was written by another version of prottrans-hpc") from error

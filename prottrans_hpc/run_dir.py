@@ -1,0 +1,168 @@
+"""Every file name of a run directory, and run.json in and out.
+
+A run directory is made by the launch side and read by the ranks; `run.json` is the only thing that both know.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from . import config, durable
+from .errors import CheckpointError, ConfigError
+from .machine import Allocation, Machine
+from .recipe import Recipe, recipe_from_json
+
+FORMAT = 1
+_CHECKPOINT = re.compile(r"step-(\d{8,})")
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """A run directory by its path; every other module asks it for names."""
+
+    path: Path
+
+    @property
+    def run_json(self) -> Path:
+        """The resolved run: recipe, corpus, machine, allocation."""
+        return self.path / "run.json"
+
+    @property
+    def environment_json(self) -> Path:
+        """What the latest start ran on: hosts, hardware, versions, git commit."""
+        return self.path / "environment.json"
+
+    @property
+    def history(self) -> Path:
+        """One JSON object for each start and each stop, with its cause."""
+        return self.path / "history.jsonl"
+
+    @property
+    def job_script(self) -> Path:
+        """The script that was submitted, byte for byte."""
+        return self.path / "job.sh"
+
+    @property
+    def job_json(self) -> Path:
+        """Scheduler, job id and state of the submissions."""
+        return self.path / "job.json"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object for each optimizer step, written by rank 0."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def validation(self) -> Path:
+        """One JSON object for each measurement of the validation loss, written by rank 0."""
+        return self.path / "validation.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        """TensorBoard event files."""
+        return self.path / "tensorboard"
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of checkpoints."""
+        return self.path / "checkpoints"
+
+    def node_log(self, node_rank: int) -> Path:
+        """The one log file of a node."""
+        return self.path / "logs" / f"node-{node_rank:04d}.log"
+
+    def checkpoint(self, step: int) -> Path:
+        """The checkpoint taken after `step` optimizer steps."""
+        return self.checkpoints / f"step-{step:08d}"
+
+    def checkpoint_steps(self) -> list[int]:
+        """Steps that have a checkpoint folder, ascending; whether each is intact is another question."""
+        if not self.checkpoints.is_dir():
+            return []
+        matches = (_CHECKPOINT.fullmatch(path.name) for path in self.checkpoints.iterdir())
+        return sorted(int(match[1]) for match in matches if match)
+
+
+@dataclass(frozen=True)
+class Run:
+    """The content of run.json."""
+
+    run_id: str
+    """Random name of this run; checkpoints carry it."""
+    created: str
+    """UTC, ISO 8601."""
+    version: str
+    """prottrans_hpc's version that made the run."""
+    recipe: Recipe
+    recipe_name: str
+    corpus: str
+    """Absolute path of the corpus."""
+    corpus_sha256: str
+    """SHA-256 of the corpus's index.json, which holds the SHA-256 of every shard."""
+    machine: Machine
+    allocation: Allocation
+    stop_after_step: int | None
+    """End after so many optimizer steps in all, even if the recipe has more; None: the recipe's steps."""
+
+    @property
+    def last_step(self) -> int:
+        """The step after which this run's work is done."""
+        return min(self.recipe.num_steps, self.stop_after_step or self.recipe.num_steps)
+
+
+def new_run_id() -> str:
+    """A fresh random run id."""
+    return secrets.token_hex(8)
+
+
+def prepare(path: Path) -> RunDir:
+    """Create a run directory, readable by its owner only unless the umask and an existing folder say otherwise."""
+    path.mkdir(parents=True, exist_ok=True, mode=0o700)
+    status = path.stat()
+    if status.st_uid != os.getuid() or status.st_mode & 0o022:
+        raise ConfigError(f"{path} belongs to another user or can be written by others; a run directory must not: chmod go-w it, or choose another --run-dir")
+    for folder in ("logs", "checkpoints"):
+        (path / folder).mkdir(exist_ok=True, mode=0o700)
+    return RunDir(path.resolve())
+
+
+def write_run(run_dir: RunDir, run: Run) -> None:
+    """Write run.json durably."""
+    values = {"format": FORMAT, **vars(run)}
+    values |= {"recipe": config.to_json(run.recipe), "machine": config.to_json(run.machine), "allocation": config.to_json(run.allocation)}
+    durable.write_json(run_dir.run_json, values)
+
+
+def read_run(run_dir: RunDir) -> Run:
+    """Read run.json. Raises CheckpointError when the directory is no run, DataError or ConfigError when it is damaged."""
+    if not run_dir.run_json.is_file():
+        raise CheckpointError(f"{run_dir.path} is not a run directory: it has no run.json")
+    values = durable.read_json(run_dir.run_json)
+    return parse_run(values, source=str(run_dir.run_json))
+
+
+def parse_run(values: Mapping[str, Any], *, source: str) -> Run:
+    """The run that the content of a run.json describes."""
+    if values.get("format") != FORMAT:
+        raise ConfigError(f"{source} has format {values.get('format')!r}; this version reads {FORMAT}")
+    try:
+        return Run(
+            run_id=str(values["run_id"]),
+            created=str(values["created"]),
+            version=str(values["version"]),
+            recipe=recipe_from_json(values["recipe"], source=source),
+            recipe_name=str(values["recipe_name"]),
+            corpus=str(values["corpus"]),
+            corpus_sha256=str(values["corpus_sha256"]),
+            machine=config.parse(Machine, values["machine"], source=source),
+            allocation=config.parse(Allocation, values["allocation"], source=source),
+            stop_after_step=values["stop_after_step"],
+        )
+    except KeyError as error:
+        raise ConfigError(f"{source} lacks the key {error.args[0]!r}") from error
