@@ -111,12 +111,15 @@ class Architecture:
     objectives: tuple[str, ...]
     """Names of the objectives it can be trained with, the published one first."""
     build: str
-    """ "module:function" of `(shape) -> torch.nn.Module`, whose forward maps a Batch to a LossSum and whose
-    `hidden(batch)` gives the last hidden states, [T, width]."""
+    """ "module:function" of `(shape) -> torch.nn.Module`, whose forward maps a Batch to a LossSum (connected to every
+    parameter that requires a gradient, for an empty batch too), whose `hidden(batch)` gives the last hidden states,
+    [T, width], whose `logits(hidden)` gives scores over the vocabulary, and whose `initialise(seed)` draws the starting
+    weights: they are undefined before it or `load_state_dict`. Weights that the objective cannot train are parameters
+    with requires_grad False: saved and exported, never updated or reduced."""
     huggingface: str
     """ "module:attribute" of the `HuggingFaceLayout` for export and import."""
     num_parameters: Callable[[Any], int]
-    """`(shape)` -> trainable parameters."""
+    """`(shape)` -> parameters, those that the objective does not train included."""
     flops: Callable[[Any, Sequence[int]], float]
     """`(shape, tokens of each sequence)` -> floating-point operations of one forward and backward pass."""
     activation_bytes: Callable[[Any, Sequence[int], str], int]

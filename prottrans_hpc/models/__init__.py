@@ -1,0 +1,1 @@
+"""The torch modules of the architectures, one file each, and what they share. Knows batches, not corpora."""
