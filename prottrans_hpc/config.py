@@ -92,7 +92,8 @@ def _assign(target: Any, keys: list[str], value: Any, setting: str) -> None:
         last = depth == len(keys) - 1
         if isinstance(target, list):
             if not key.isdigit() or int(key) >= len(target):
-                raise ConfigError(f"--set {setting!r}: {'.'.join(keys[:depth])} is a list of {len(target)}; give an index from 0 to {len(target) - 1}, not {key!r}")
+                where = ".".join(keys[:depth])
+                raise ConfigError(f"--set {setting!r}: {where} is a list of {len(target)}; give an index from 0 to {len(target) - 1}, not {key!r}")
             index: Any = int(key)
         elif isinstance(target, dict):
             index = key

@@ -84,7 +84,8 @@ def _read(starter: str, names: StarterVariables, environment: Mapping[str, str])
     num_nodes = _number("SLURM_STEP_NUM_NODES", environment) if starter == "srun" else -(-world_size // local_world_size)
     if not (0 <= local_rank < local_world_size <= world_size and 0 <= rank < world_size and 0 <= node_rank < num_nodes):
         raise ConfigError(
-            f"{starter} set variables that contradict each other: rank {rank} of {world_size}, local rank {local_rank} of {local_world_size}, node {node_rank} of {num_nodes}"
+            f"{starter} set variables that contradict each other: rank {rank} of {world_size}, "
+            f"local rank {local_rank} of {local_world_size}, node {node_rank} of {num_nodes}"
         )
     return RankContext(rank, world_size, local_rank, local_world_size, node_rank, num_nodes, socket.gethostname(), starter)
 
