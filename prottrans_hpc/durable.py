@@ -17,6 +17,7 @@ import secrets
 import shutil
 import stat
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,14 @@ from .errors import DataError
 
 MANIFEST = "manifest.json"
 _TEMPORARY = ".tmp-"
+
+
+@dataclass(frozen=True)
+class FileSeal:
+    """What a manifest says about a file."""
+
+    num_bytes: int
+    sha256: str
 
 
 def temporary_sibling(path: Path) -> Path:
@@ -57,14 +66,19 @@ def rename_into_place(temporary: Path, final: Path) -> None:
 
 @contextlib.contextmanager
 def new_file(final: Path) -> Iterator[Path]:
-    """Yield a temporary path to write; on success it becomes `final` durably, on failure it is removed."""
+    """Yield a temporary path to write; on success it becomes `final` durably, on failure it is removed.
+
+    A failed write carries no file name of its own (and h5py's text is for programmers): the OSError names `final`.
+    """
     temporary = temporary_sibling(final)
     try:
         yield temporary
         fsync_path(temporary)
         rename_into_place(temporary, final)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno and error.filename is None:
+            raise OSError(error.errno, os.strerror(error.errno), str(final)) from error
         raise
 
 
@@ -76,7 +90,11 @@ def write_bytes(final: Path, content: bytes) -> None:
 
 def write_json(final: Path, value: Any) -> None:
     """Replace a JSON file durably; keys keep their order so that equal values give equal bytes."""
-    write_bytes(final, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
+    write_bytes(final, _json_bytes(value))
+
+
+def _json_bytes(value: Any) -> bytes:
+    return (json.dumps(value, indent=1, allow_nan=False) + "\n").encode()
 
 
 def read_json(path: Path) -> Any:
@@ -117,24 +135,37 @@ def seal_folder(folder: Path, known: Mapping[str, str] | None = None) -> None:
     write_json(folder / MANIFEST, {"files": files})
 
 
+def read_manifest(folder: Path) -> dict[str, FileSeal]:
+    """What the manifest of a sealed folder says. Raises FileNotFoundError, or DataError when it is damaged."""
+    path = folder / MANIFEST
+    content = path.read_bytes()
+    try:
+        values = json.loads(content)
+        files = {str(name): FileSeal(int(entry["bytes"]), str(entry["sha256"])) for name, entry in values["files"].items()}
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
+        raise DataError(f"{path} is damaged: {error}") from error
+    if content != _json_bytes(values):  # it has no checksum of its own; a changed blank is a damaged byte too
+        raise DataError(f"{path} is damaged: it is not as this program writes it")
+    return files
+
+
 def folder_problems(folder: Path) -> list[str]:
     """What is wrong with a sealed folder, one line a fault; an empty list means every byte is as written."""
     try:
-        files = read_json(folder / MANIFEST)["files"]
-        expected = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()}
+        expected = read_manifest(folder)
+        present = {path.name for path in folder.iterdir()} - {MANIFEST}
     except FileNotFoundError:
         return [f"{folder / MANIFEST} is missing: the save did not finish"]
-    except (DataError, KeyError, TypeError, AttributeError, ValueError) as error:
-        return [f"{folder / MANIFEST} is damaged: {error}"]
-    present = {path.name for path in folder.iterdir()} - {MANIFEST}
+    except DataError as error:
+        return [str(error)]
     problems = [f"{folder / name} is not in the manifest" for name in sorted(present - expected.keys())]
-    for name, (size, digest) in expected.items():
+    for name, seal in expected.items():
         path = folder / name
         if name not in present:
             problems.append(f"{path} is missing")
-        elif path.stat().st_size != size:
-            problems.append(f"{path} has {path.stat().st_size} bytes, {size} were written")
-        elif sha256_of(path) != digest:
+        elif path.stat().st_size != seal.num_bytes:
+            problems.append(f"{path} has {path.stat().st_size} bytes, {seal.num_bytes} were written")
+        elif sha256_of(path) != seal.sha256:
             problems.append(f"{path} is damaged: its SHA-256 is not the one that was written")
     return problems
 
