@@ -154,7 +154,7 @@ def folder_problems(folder: Path) -> list[str]:
     try:
         expected = read_manifest(folder)
         present = {path.name for path in folder.iterdir()} - {MANIFEST}
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return [f"{folder / MANIFEST} is missing: the save did not finish"]
     except DataError as error:
         return [str(error)]

@@ -1,0 +1,63 @@
+"""The command of a rank: `python -m prottrans_hpc STAGE RUN_DIR`. Its exit codes are those of errors.py."""
+
+from __future__ import annotations
+
+import sys
+
+from .train import preemption
+
+if __name__ == "__main__":
+    # Before anything heavy is imported: from here on a signal asks for an orderly stop and cannot kill the rank.
+    preemption.install()
+
+import logging
+import os
+import traceback
+from typing import NoReturn
+
+from . import errors, terminal
+from .stage import run_stage
+
+_USAGE = "usage: python -m prottrans_hpc pretrain RUN_DIR"
+_log = logging.getLogger(__name__)
+
+
+def main(arguments: list[str]) -> int:
+    """Run the stage and return the exit code; every error is told once, to the log when there is one."""
+    if len(arguments) != 2 or arguments[0] != "pretrain":
+        print(_USAGE, file=sys.stderr)
+        return errors.USAGE
+    try:
+        run_stage(arguments[0], {"run_dir": arguments[1]})
+    except errors.RequeueRequested as error:
+        _log.info("%s (exit code %d)", error, error.exit_code)
+        return error.exit_code
+    except BaseException as error:
+        code = errors.exit_code(error)
+        _tell(error, code)
+        _leave_at_once(code)
+    return errors.DONE
+
+
+def _tell(error: BaseException, code: int) -> None:
+    message = terminal.printable(errors.explain(error), limit=2000)
+    if code == errors.BUG:
+        message += "\n" + traceback.format_exc()
+    if logging.getLogger().handlers:
+        _log.error("%s (exit code %d: %s)", message, code, errors.MEANING[code])
+    else:
+        print(f"error: {message}", file=sys.stderr, flush=True)
+
+
+def _leave_at_once(code: int) -> NoReturn:
+    """End without Python's shutdown, in which a library could wait for ranks that are gone."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    final_code = main(sys.argv[1:])
+    preemption.forget_signals()
+    sys.exit(final_code)

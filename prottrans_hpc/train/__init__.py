@@ -1,0 +1,1 @@
+"""Training: loop, loader, optimizers, schedule, precision, checkpoints, preemption."""

@@ -1,0 +1,192 @@
+"""What a checkpoint is on disk, and how one is found, verified and read, at any world size.
+
+`checkpoints/step-00001000/` holds safetensors files that together are one copy of the model and of the
+optimizer's state, `state.json` with everything else, and the manifest with the SHA-256 of each file. Nothing
+is ever unpickled: only files that the manifest lists are opened, and only as safetensors or JSON. Writing one
+during training is `saving.py`'s work.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import architecture, config, durable
+from ..architecture import Architecture
+from ..errors import CheckpointError, DataError
+from ..run_dir import RunDir
+from . import tensor_file
+
+FORMAT = 1
+STATE = "state.json"
+_KINDS = ("model", "optimizer")
+_log = logging.getLogger(__name__)
+
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint in memory."""
+
+    path: Path
+    state: dict[str, Any]
+    """The content of state.json: step, position, identity, versions."""
+    model: Tensors
+    optimizer: Tensors
+    """Empty in an imported checkpoint."""
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps taken."""
+        return int(self.state["step"])
+
+
+def file_name(kind: str, index: int, count: int) -> str:
+    """The name of one of the files that hold a kind ("model" or "optimizer") of tensors."""
+    return f"{kind}-{index:05d}-of-{count:05d}.safetensors"
+
+
+def describe_architecture(record: Architecture, shape: Any) -> dict[str, Any]:
+    """What a checkpoint says about its architecture: enough to build the module again."""
+    described = {"name": record.name, "shape": dataclasses.asdict(shape), "vocabulary": list(record.vocabulary.tokens)}
+    return dict(json.loads(json.dumps(described)))
+
+
+def problems(path: Path) -> list[str]:
+    """What is wrong with a checkpoint folder, one line a fault; every byte is read."""
+    found = durable.folder_problems(path)
+    if found:
+        return found
+    try:
+        _read_state(path, _manifest(path))
+    except CheckpointError as error:
+        return [str(error)]
+    return []
+
+
+def find_checkpoint(source: Path) -> Path:
+    """The checkpoint that `source` names: itself, or the newest intact one of a run directory, damaged ones warned of.
+
+    Raises CheckpointError when there is none.
+    """
+    if (source / STATE).exists() or (source / durable.MANIFEST).exists():
+        faults = problems(source)
+        if faults:
+            raise CheckpointError(f"the checkpoint {source} cannot be used: {'; '.join(faults)}")
+        return source
+    run_dir = RunDir(source)
+    names = [run_dir.checkpoint(step) for step in reversed(run_dir.checkpoint_steps())]
+    for path in names:
+        faults = problems(path)
+        if not faults:
+            return path
+        _log.warning("skipping the damaged checkpoint %s: %s", path, "; ".join(faults))
+    if names:
+        raise CheckpointError(
+            f"none of the {len(names)} checkpoints in {run_dir.checkpoints} is intact: the newest, {names[0].name}: {'; '.join(problems(names[0]))}"
+        )
+    raise CheckpointError(f"{source} is neither a checkpoint nor a run directory that has one")
+
+
+def read_checkpoint(path: Path, *, kinds: tuple[str, ...] = _KINDS) -> Checkpoint:
+    """Read a checkpoint into host memory, verifying the bytes that are used. Raises CheckpointError for a damaged one."""
+    listed = _manifest(path)
+    state = _read_state(path, listed)
+    tensors: dict[str, Tensors] = {kind: {} for kind in _KINDS}
+    try:
+        for kind in kinds:
+            for name in state["files"][kind]:
+                tensors[kind] |= tensor_file.read(path / name, sha256=listed[name].sha256)
+    except (FileNotFoundError, ValueError, KeyError) as error:
+        raise CheckpointError(f"the checkpoint {path} is damaged: {error}") from error
+    return Checkpoint(path, state, tensors["model"], tensors["optimizer"])
+
+
+def load_model(path: Path) -> tuple[Architecture, Any, Tensors]:
+    """The architecture record, shape and weights of a checkpoint. Raises CheckpointError, or ConfigError for an unknown architecture."""
+    found = read_checkpoint(path, kinds=("model",))
+    described = found.state["identity"]["architecture"]
+    record = architecture.get(described["name"])
+    known = next(iter(record.sizes.values())).shape
+    shape = config.parse(type(known), described["shape"], source=str(path / STATE))
+    if list(record.vocabulary.tokens) != described["vocabulary"]:
+        raise CheckpointError(f"the checkpoint {path} was trained with another vocabulary than {record.name} has in this version")
+    return record, shape, found.model
+
+
+def write_model_checkpoint(path: Path, *, record: Architecture, shape: Any, weights: Mapping[str, torch.Tensor], origin: Mapping[str, Any]) -> None:
+    """Write weights alone as a checkpoint of step 0; `origin` (JSON values) says where they came from."""
+    name = file_name("model", 0, 1)
+    state = {
+        "format": FORMAT,
+        "run_id": None,
+        "step": 0,
+        "identity": {"architecture": describe_architecture(record, shape)},
+        "origin": dict(origin),
+        "files": {"model": [name], "optimizer": []},
+    }
+    with durable.new_folder(path) as folder:
+        staging = tensor_file.Staging(weights)
+        staging.fill(weights)
+        staging.write(folder / name)
+        durable.write_json(folder / STATE, state)
+
+
+def read_newest(run_dir: RunDir, steps: list[int], agree: Callable[[bool], bool]) -> Checkpoint | None:
+    """The newest of `steps` that every rank can read intact; None when there are no checkpoints at all.
+
+    `agree` tells whether a value is true on all ranks, so that all take the same one. Damaged ones are warned of.
+    Raises CheckpointError when none of them is intact.
+    """
+    for step in steps:
+        found = None
+        try:
+            found = read_checkpoint(run_dir.checkpoint(step))
+        except PermissionError:
+            raise
+        except (CheckpointError, OSError) as error:
+            _log.warning("skipping a checkpoint: %s", error)
+        if agree(found is not None):
+            return found
+        if found is not None:
+            _log.warning("skipping the checkpoint of step %d: another rank cannot read it", step)
+    if steps:
+        raise CheckpointError(f"none of the {len(steps)} checkpoints in {run_dir.checkpoints} is intact; move them away to start from step 0")
+    return None
+
+
+def _manifest(path: Path) -> dict[str, durable.FileSeal]:
+    """The manifest, held against the names that are there. Raises CheckpointError."""
+    try:
+        listed = durable.read_manifest(path)
+        present = {entry.name for entry in path.iterdir()} - {durable.MANIFEST}
+    except (DataError, FileNotFoundError, NotADirectoryError) as error:
+        raise CheckpointError(f"the checkpoint {path} is damaged: {error}") from error
+    if present != listed.keys():
+        odd = ", ".join(sorted(present ^ listed.keys()))
+        raise CheckpointError(f"the checkpoint {path} is damaged: missing from it, or not written by the save: {odd}")
+    return listed
+
+
+def _read_state(path: Path, listed: Mapping[str, durable.FileSeal]) -> dict[str, Any]:
+    try:
+        content = (path / STATE).read_bytes()
+        if hashlib.sha256(content).hexdigest() != listed[STATE].sha256:
+            raise ValueError("its SHA-256 is not the one that was written")
+        state: dict[str, Any] = json.loads(content)
+        if state["format"] != FORMAT:
+            raise ValueError(f"it has format {state['format']!r}; this version reads {FORMAT}")
+        if path.name.startswith("step-") and path.name != f"step-{int(state['step']):08d}":
+            raise ValueError(f"it says that it is of step {state['step']}")
+    except (FileNotFoundError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"the checkpoint {path} is damaged: {STATE}: {error}") from error
+    return state

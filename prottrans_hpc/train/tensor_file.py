@@ -1,0 +1,108 @@
+"""Tensors to and from one safetensors file: staged in a flat buffer, hashed while written, verified while read.
+
+The format is written by hand (a length, a JSON header, the bytes) because that lets one preallocated buffer
+serve every save, and the SHA-256 be computed from the bytes on their way out instead of by reading them back.
+It is read by the safetensors library, from memory, after the SHA-256 of exactly these bytes was checked.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors.torch
+import torch
+
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+_CHUNK_BYTES = 8 << 20
+
+
+class Cancelled(Exception):  # noqa: N818 - a request to stop, not a fault
+    """Raised inside `Staging.write` when the writer was told to stop."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """What came of writing a file."""
+
+    num_bytes: int
+    sha256: str
+
+
+def tensor_bytes(tensor: torch.Tensor) -> int:
+    """Bytes of a tensor's elements."""
+    return tensor.numel() * tensor.element_size()
+
+
+class Staging:
+    """A host buffer as large as one file's tensors, allocated once and filled again at every save."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        # Large elements first, so that every tensor is aligned whatever the mixture of types.
+        names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        on_gpu = any(tensor.is_cuda for tensor in tensors.values())
+        self._buffer = torch.zeros(sum(map(tensor_bytes, tensors.values())), dtype=torch.uint8, pin_memory=on_gpu)
+        self._views: dict[str, torch.Tensor] = {}
+        offset = 0
+        for name in names:
+            tensor, end = tensors[name], offset + tensor_bytes(tensors[name])
+            header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+            self._views[name] = self._buffer[offset:end].view(tensor.dtype).view(tensor.shape)
+            offset = end
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self._header = struct.pack("<Q", len(text)) + text
+
+    def fill(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Copy the tensors in; from a GPU the copies run asynchronously until the device is synchronised."""
+        for name, view in self._views.items():
+            view.copy_(tensors[name].detach(), non_blocking=True)
+
+    def write(self, path: Path, cancelled: Callable[[], bool] = lambda: False) -> Written:
+        """Write and fsync the file. An OSError names `path`, so that a full disk can be named."""
+        digest = hashlib.sha256()
+        try:
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+            try:
+                for part in (memoryview(self._header), self._buffer.numpy().data):
+                    _write_all(descriptor, part, digest.update, cancelled)
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            raise OSError(error.errno, os.strerror(error.errno or 0), str(path)) from error
+        return Written(len(self._header) + self._buffer.numel(), digest.hexdigest())
+
+
+def _write_all(descriptor: int, part: memoryview, update: Callable[[memoryview], None], cancelled: Callable[[], bool]) -> None:
+    for start in range(0, len(part), _CHUNK_BYTES):
+        if cancelled():
+            raise Cancelled
+        chunk = part[start : start + _CHUNK_BYTES]
+        update(chunk)
+        while chunk:
+            chunk = chunk[os.write(descriptor, chunk) :]
+
+
+def read(path: Path, *, sha256: str) -> dict[str, torch.Tensor]:
+    """Read a file whose bytes must have this SHA-256. Raises ValueError when they do not; OSError when unreadable."""
+    content = path.read_bytes()
+    if hashlib.sha256(content).hexdigest() != sha256:
+        raise ValueError(f"{path} is damaged: its SHA-256 is not the one that was written")
+    tensors: dict[str, torch.Tensor] = safetensors.torch.load(content)
+    return tensors
