@@ -35,9 +35,9 @@ class FileSeal:
     sha256: str
 
 
-def temporary_sibling(path: Path) -> Path:
-    """A fresh hidden name beside `path`, on the same file system so that a rename is atomic."""
-    return path.with_name(f".{path.name}{_TEMPORARY}{secrets.token_hex(6)}")
+def temporary_sibling(path: Path, token: str | None = None) -> Path:
+    """A hidden name beside `path`, on the same file system so that a rename is atomic; `token` None makes it a fresh one."""
+    return path.with_name(f".{path.name}{_TEMPORARY}{token or secrets.token_hex(6)}")
 
 
 def is_temporary(path: Path) -> bool:

@@ -1,0 +1,232 @@
+"""Saves training state while training goes on: a short blocking copy, then a thread that writes.
+
+Each of a few ranks writes its share of the tensors. What it wrote (sizes and SHA-256) travels to rank 0 inside the
+loop's own status all-reduce, so a save costs no collective of its own; rank 0 then seals and renames the folder in
+its thread. Until that rename no reader sees anything, and afterwards everything is there (see durable.py).
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import shutil
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import durable, errors
+from ..comm import Comm
+from ..recipe import Checkpointing
+from ..run_dir import RunDir
+from . import checkpoint, retention
+from .tensor_file import Staging, tensor_bytes
+
+_log = logging.getLogger(__name__)
+
+MAX_WRITERS = 64
+MIN_BYTES_A_WRITER = 256 << 10
+_SLOT = 1 + 32
+"""Numbers that report one file: its size, or minus the exit code of its failure, or 0 while it is being written; then its digest."""
+
+
+class SaveError(errors.ProttransError):
+    """A save that failed on another rank; it ends this one with the same exit code."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.exit_code = code
+
+
+@dataclass(frozen=True)
+class FilePlan:
+    """One file of a checkpoint: who writes it and which tensors it holds."""
+
+    name: str
+    kind: str
+    rank: int
+    tensors: tuple[str, ...]
+
+
+def plan_files(sizes: Mapping[str, Mapping[str, int]], world_size: int) -> tuple[FilePlan, ...]:
+    """Share the tensors of each kind ("model", "optimizer") out by bytes over a few ranks; the same on every rank.
+
+    `sizes` has the bytes of every tensor by kind and name. Writers are spread evenly over the ranks, hence over nodes.
+    """
+    total = sum(sum(kind.values()) for kind in sizes.values())
+    num_writers = max(1, min(world_size, MAX_WRITERS, total // MIN_BYTES_A_WRITER))
+    load = [0] * num_writers
+    plans = []
+    for kind, tensors in sizes.items():
+        shares: dict[int, list[str]] = {}
+        for name in sorted(tensors, key=lambda name: (-tensors[name], name)):
+            writer = load.index(min(load))
+            load[writer] += tensors[name]
+            shares.setdefault(writer, []).append(name)
+        for index, (writer, names) in enumerate(sorted(shares.items())):
+            plans.append(FilePlan(checkpoint.file_name(kind, index, len(shares)), kind, writer * world_size // num_writers, tuple(sorted(names))))
+    return tuple(plans)
+
+
+class Saver:
+    """Owns the staging buffers and the writing thread of one rank. Every rank calls the same methods at the same steps."""
+
+    def __init__(self, run_dir: RunDir, comm: Comm, policy: Checkpointing, *, start_id: str) -> None:
+        self._run_dir, self._comm, self._policy, self._start_id = run_dir, comm, policy, start_id
+        self._plans: tuple[FilePlan, ...] = ()
+        self._staging: dict[str, Staging] = {}
+        self._thread: threading.Thread | None = None
+        self._cancel = threading.Event()
+        self._pending: _Pending | None = None
+        self._commit_error: BaseException | None = None
+        self.last_committed: int | None = None
+        """Newest step this rank knows to be saved; only rank 0 knows of a commit as it happens."""
+
+    @property
+    def pending(self) -> bool:
+        """Whether the files of a save are still being written; the same on every rank."""
+        return self._pending is not None
+
+    def stage(self, step: int, state: Mapping[str, Any], tensors: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+        """Copy this rank's share into the staging buffers; blocks for that copy only. `start` does the rest.
+
+        `tensors` has by kind and name what `plan_files` shares out. A save that still runs is finished first.
+        """
+        self._finish_writing()
+        self._join()  # on rank 0, the commit of the save before
+        if not self._plans:
+            self._plans = plan_files({kind: {name: tensor_bytes(t) for name, t in group.items()} for kind, group in tensors.items()}, self._comm.world_size)
+        for plan in self._mine():
+            share = {name: tensors[plan.kind][name] for name in plan.tensors}
+            if plan.name not in self._staging:
+                self._staging[plan.name] = Staging(share)
+            self._staging[plan.name].fill(share)
+        if self._comm.device.type == "cuda":
+            torch.cuda.synchronize(self._comm.device)
+        files = {kind: [plan.name for plan in self._plans if plan.kind == kind] for kind in tensors}
+        final = self._run_dir.checkpoint(step)
+        self._pending = _Pending(step, {**state, "files": files}, final, durable.temporary_sibling(final, self._start_id), [0.0] * (_SLOT * len(self._plans)))
+
+    def start(self) -> None:
+        """Write what was staged, in the background."""
+        assert self._pending is not None, "stage comes before start"
+        self._thread = threading.Thread(target=self._write, args=(self._pending,), name="checkpoint-writer", daemon=True)
+        self._thread.start()
+
+    def report(self) -> list[float]:
+        """This rank's numbers for the status all-reduce: a failed commit's exit code, then a slot for each pending file."""
+        code = float(errors.exit_code(self._commit_error)) if self._commit_error else 0.0
+        return [code, *(self._pending.slots if self._pending else [])]
+
+    def receive(self, summed: list[float]) -> None:
+        """Act on the sum of all ranks' reports: commit when every file is there. Raises, on all ranks, when any save failed."""
+        if summed[0]:
+            self._give_up()
+            raise self._commit_error or SaveError("rank 0 could not finish a checkpoint; its log has the cause", int(summed[0]))
+        if self._pending is None:
+            return
+        slots = [summed[1 + i * _SLOT : 1 + (i + 1) * _SLOT] for i in range(len(self._plans))]
+        failed = [plan for plan, slot in zip(self._plans, slots, strict=True) if slot[0] < 0]
+        if failed:
+            self._fail(failed[0], -int(min(slot[0] for slot in slots)))
+        if all(slot[0] > 0 for slot in slots):
+            self._commit(self._pending, {plan.name: bytes(map(int, slot[1:])).hex() for plan, slot in zip(self._plans, slots, strict=True)})
+
+    def drain(self) -> None:
+        """Wait until everything is saved and every rank knows that it is. Collective; raises what a failed save raises."""
+        self._finish_writing()
+        self._join()
+        self._exchange()
+
+    def _finish_writing(self) -> None:
+        while self._pending is not None:
+            self._join()
+            self._exchange()
+
+    def _exchange(self) -> None:
+        report = torch.tensor(self.report(), dtype=torch.float64)
+        self.receive(self._comm.all_reduce_sum(report).tolist())
+
+    def abandon(self) -> None:
+        """Stop writing, not caring what other ranks do; the error that ends this start is already under way."""
+        self._cancel.set()
+        self._join()
+        if self._pending is not None and self._comm.rank == 0:
+            shutil.rmtree(self._pending.temporary, ignore_errors=True)
+
+    def _mine(self) -> list[FilePlan]:
+        return [plan for plan in self._plans if plan.rank == self._comm.rank]
+
+    def _join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _write(self, pending: _Pending) -> None:
+        for plan in self._mine():
+            try:
+                pending.temporary.mkdir(exist_ok=True)
+                written = self._staging[plan.name].write(pending.temporary / plan.name, self._cancel.is_set)
+                durable.fsync_path(pending.temporary)
+            except BaseException as error:
+                pending.error = error
+                pending.slots[self._plans.index(plan) * _SLOT] = -float(errors.exit_code(error))
+                return
+            start = self._plans.index(plan) * _SLOT
+            # The size comes last: the loop may read the slot at any moment, and takes a size for "complete".
+            pending.slots[start + 1 : start + _SLOT] = [float(byte) for byte in bytes.fromhex(written.sha256)]
+            pending.slots[start] = float(written.num_bytes)
+
+    def _fail(self, plan: FilePlan, code: int) -> None:
+        assert self._pending is not None
+        own = self._pending.error
+        self._give_up()
+        raise own or SaveError(f"rank {plan.rank} could not write {plan.name} of a checkpoint; the log of its node has the cause", code)
+
+    def _give_up(self) -> None:
+        """All ranks: stop writing, and when everybody has, rank 0 removes what was written."""
+        self._cancel.set()
+        self._join()
+        self._comm.barrier()
+        if self._pending is not None and self._comm.rank == 0:
+            shutil.rmtree(self._pending.temporary, ignore_errors=True)
+        self._pending = None
+
+    def _commit(self, pending: _Pending, digests: dict[str, str]) -> None:
+        self._join()
+        self._pending = None
+        if self._comm.rank == 0:
+            self._thread = threading.Thread(target=self._seal, args=(pending, digests), name="checkpoint-commit", daemon=True)
+            self._thread.start()
+
+    def _seal(self, pending: _Pending, digests: dict[str, str]) -> None:
+        try:
+            for record in (self._run_dir.metrics, self._run_dir.validation):
+                if record.exists():  # a resume needs their lines up to this step
+                    durable.fsync_path(record)
+            durable.write_json(pending.temporary / checkpoint.STATE, pending.state)
+            missing = digests.keys() - {path.name for path in pending.temporary.iterdir()}
+            if missing:
+                raise OSError(errno.EIO, "files of other ranks did not arrive", str(pending.temporary / min(missing)))
+            durable.seal_folder(pending.temporary, known=digests)
+            retention.replace_folder(pending.temporary, pending.final)
+            self.last_committed = pending.step
+            _log.info("saved the checkpoint %s", pending.final.name)
+        except BaseException as error:
+            shutil.rmtree(pending.temporary, ignore_errors=True)
+            self._commit_error = error
+            return
+        retention.prune(self._run_dir, self._policy, newest=pending.step)
+
+
+@dataclass
+class _Pending:
+    step: int
+    state: dict[str, Any]
+    final: Path
+    temporary: Path
+    slots: list[float]
+    error: BaseException | None = None
