@@ -88,6 +88,12 @@ class IdentityError(ProttransError):
     exit_code = IDENTITY
 
 
+class RankLostError(ProttransError):
+    """Another rank died, hangs or left: this start is over, the last checkpoint is good."""
+
+    exit_code = REQUEUE
+
+
 class RequeueRequested(ProttransError):  # noqa: N818 - a request by the scheduler, not a fault
     """The work stopped early on a signal, with its state saved."""
 

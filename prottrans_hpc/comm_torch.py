@@ -1,0 +1,222 @@
+"""Ranks over torch.distributed: gloo on CPUs, NCCL on GPUs, DistributedDataParallel for the gradients.
+
+Annotations are real objects in this module, not strings: DDP inspects those of a communication hook.
+"""
+
+import contextlib
+import inspect
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import GradBucket  # type: ignore[attr-defined] # torch does not declare what it exports
+from torch.nn.parallel import DistributedDataParallel
+
+from . import comm_rendezvous
+from .comm import Json, ParallelModel, check_same, decode, encode, parameter_digest
+from .errors import RankLostError
+from .rank import RankContext
+from .recipe import Parallel
+
+
+def open_torch(parallel: Parallel, context: RankContext, *, run_dir: Path | None, device: torch.device) -> "TorchComm":
+    """Meet the other ranks. Raises ConfigError, ResourceError or RankLostError."""
+    store = comm_rendezvous.connect(context, timeout_s=parallel.timeout_s, run_dir=run_dir)
+    if comm_rendezvous.loopback_only() or context.num_nodes == 1:
+        _use_loopback()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    comm = TorchComm(context, device, parallel.timeout_s)
+    with comm.watching("the first meeting"):
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            store=store,
+            rank=context.rank,
+            world_size=context.world_size,
+            timeout=timedelta(seconds=parallel.timeout_s),
+            device_id=device if device.type == "cuda" else None,
+        )
+        comm.barrier()
+    return comm
+
+
+def _use_loopback() -> None:
+    """Keep gloo on the loopback interface where all ranks share a host: nobody else can connect, and no name need resolve."""
+    names = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]
+    if names:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", names[0])
+
+
+class TorchComm:
+    """The default process group."""
+
+    name = "torch"
+
+    def __init__(self, context: RankContext, device: torch.device, timeout_s: int) -> None:
+        self.rank = context.rank
+        self.world_size = context.world_size
+        self.device = device
+        self.timeout_s = timeout_s
+
+    def all_reduce_sum(self, tensor: Tensor) -> Tensor:
+        """The sum over ranks; gloo's and NCCL's order of summation depends on size and world size only."""
+        result = tensor.detach().to(self.device, copy=True)
+        with self.watching("an all-reduce"):
+            dist.all_reduce(result)
+        return result.to(tensor.device)
+
+    def barrier(self) -> None:
+        """An all-reduce of one number: unlike `dist.barrier` it takes the group's own device and time-out."""
+        self.all_reduce_sum(torch.zeros(1))
+
+    def broadcast_object(self, value: Json) -> Json:
+        """Two broadcasts: the length, then the bytes."""
+        content = encode(value) if self.rank == 0 else b""
+        size = torch.tensor([len(content)], device=self.device)
+        with self.watching("a broadcast"):
+            dist.broadcast(size, src=0)
+            buffer = _bytes_tensor(content, int(size.item())).to(self.device)
+            dist.broadcast(buffer, src=0)
+        return decode(_content(buffer, int(size.item())))
+
+    def all_gather_object(self, value: Json) -> list[Json]:
+        """Two all-gathers: the lengths, then the bytes, padded to the longest."""
+        content = encode(value)
+        with self.watching("an all-gather"):
+            sizes = torch.empty(self.world_size, dtype=torch.int64, device=self.device)
+            dist.all_gather_single(sizes, torch.tensor([len(content)], device=self.device))
+            longest = int(sizes.max().item())
+            gathered = torch.empty(self.world_size * longest, dtype=torch.uint8, device=self.device)
+            dist.all_gather_single(gathered, _bytes_tensor(content, longest).to(self.device))
+        rows = gathered.view(self.world_size, longest)
+        return [decode(_content(row, int(size))) for row, size in zip(rows, sizes.tolist(), strict=True)]
+
+    def parallel(self, module: nn.Module, bucket_mib: int) -> ParallelModel:
+        """DDP with rank 0's parameters on every rank, checked."""
+        with self.watching("the start of the model"):
+            model = TorchModel(self, module, bucket_mib)
+        check_same(self, "the parameters", parameter_digest(module))
+        return model
+
+    def close(self) -> None:
+        """Without this a process can abort at exit."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    @contextlib.contextmanager
+    def watching(self, what: str) -> Iterator[None]:
+        """Turn what gloo, NCCL and the store raise when a peer is gone or silent into RankLostError."""
+        try:
+            yield
+        except (RuntimeError, OSError) as error:
+            if not is_lost_peer(error):
+                raise
+            reason = str(error).strip().splitlines()[0]
+            raise RankLostError(
+                f"rank {self.rank} of {self.world_size} lost another rank during {what} (time-out {self.timeout_s} s): {reason}. "
+                "The last checkpoint is good: run the same command again"
+            ) from error
+
+
+_LOST = (
+    "connection closed by peer",
+    "connection reset by peer",
+    "timed out",
+    "timeout",
+    "broken pipe",
+    "connection refused",
+    "socket",
+    "nccl",
+    "connectfullmesh",
+)
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether an error means that another rank is gone: gloo raises bare RuntimeErrors, told apart by their text alone."""
+    if isinstance(error, dist.DistError) and not isinstance(error, torch.OutOfMemoryError):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(mark in text for mark in _LOST)
+
+
+def _bytes_tensor(content: bytes, size: int) -> Tensor:
+    return torch.frombuffer(bytearray(content.ljust(size, b" ")), dtype=torch.uint8)
+
+
+def _content(tensor: Tensor, size: int) -> bytes:
+    return bytes(tensor[:size].cpu().numpy().data)
+
+
+# torch 2.13 renamed the option; older ones know only the first name.
+_NO_BUFFER_SYNC: dict[str, Any] = {
+    "forward_sync_buffers" if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters else "broadcast_buffers": False
+}
+
+
+class _Callee(nn.Module):
+    """What DDP wraps: the module, and a loss of exactly zero that touches every parameter, for the warm-up."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, batch: Any) -> Any:
+        """The module's LossSum; for None the zero."""
+        if batch is not None:
+            return self.module(batch)
+        return torch.stack([parameter.flatten()[0].float() * 0.0 for parameter in self.module.parameters() if parameter.requires_grad]).sum()
+
+
+class TorchModel:
+    """DDP that sums, with the same buckets in every step.
+
+    DDP lays out its buckets anew after its first backward pass, in the order in which gradients arrived. With three
+    or more ranks the place of a number in its bucket decides in which order its parts are added, so a resumed run
+    would differ in the last bit in its first step. Two backward passes of zero at the start settle the layout before
+    any real gradient, in an order that depends on the list of parameters alone.
+    """
+
+    def __init__(self, comm: TorchComm, module: nn.Module, bucket_mib: int) -> None:
+        self._comm = comm
+        self.module = DistributedDataParallel(
+            _Callee(module),
+            device_ids=[comm.device.index] if comm.device.type == "cuda" else None,
+            bucket_cap_mb=bucket_mib,
+            gradient_as_bucket_view=True,
+            **_NO_BUFFER_SYNC,
+        )
+        self.module.register_comm_hook(None, _sum_hook)
+        for _ in range(2):
+            self.module(None).backward()
+        self.zero_gradients()
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        """Forward and backward in here only add to this rank's gradients."""
+        return self.module.no_sync()
+
+    def backward(self, loss: Tensor) -> None:
+        """`loss.backward()`; outside `no_sync` DDP reduces each bucket as soon as it is full and waits at the end."""
+        with self._comm.watching("the reduction of the gradients"):
+            loss.backward()  # type: ignore[no-untyped-call]
+
+    def finish_gradients(self) -> None:
+        """DDP has waited for its buckets at the end of the backward pass."""
+
+    def zero_gradients(self) -> None:
+        """In place: the gradients are views of DDP's buckets."""
+        self.module.zero_grad(set_to_none=False)
+
+
+def _sum_hook(state: object, bucket: GradBucket) -> torch.futures.Future[Tensor]:
+    """Sum a bucket; DDP's own hook divides by the world size, which would round."""
+    work = dist.all_reduce(bucket.buffer(), async_op=True)
+    assert work is not None  # only a rank outside the group gets None
+    result: torch.futures.Future[Tensor] = work.get_future().then(lambda future: future.value()[0])
+    return result

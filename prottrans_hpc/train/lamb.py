@@ -1,0 +1,178 @@
+"""LAMB: You et al. 2020, "Large Batch Optimization for Deep Learning: Training BERT in 76 minutes", algorithm 2.
+
+For each tensor x ("layer" in the paper) with gradient g, at update t:
+
+    m_t = beta1 m_(t-1) + (1 - beta1) g_t                    line 7
+    v_t = beta2 v_(t-1) + (1 - beta2) g_t^2                  line 8
+    m^_t = m_t / (1 - beta1^t), v^_t = v_t / (1 - beta2^t)   lines 9 and 10
+    r_t = m^_t / (sqrt(v^_t) + epsilon)                      line 11, "the ratio"
+    x_(t+1) = x_t - eta_t phi(|x_t|) / |r_t + lambda x_t| (r_t + lambda x_t)   line 12, phi the identity
+
+The trust ratio |x| / |r + lambda x| is 1 where either norm is 0. Biases and norm weights take neither the trust
+ratio nor the decay, as in the authors' own training of BERT. There are three ways to compute it, with the same result
+to rounding (1e-6 relative a step): a C kernel and a plain loop for CPUs, where sweeping memory once for each of a
+dozen operations is what costs, and multi-tensor operations for GPUs, where starting kernels is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import recipe
+from . import kernel
+from .optim import decays, load_into
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A parameter and its state."""
+
+    parameter: Tensor
+    exp_avg: Tensor
+    """m_t."""
+    exp_avg_sq: Tensor
+    """v_t."""
+    adapts: bool
+    """Whether the trust ratio and the decay apply."""
+
+
+@dataclass(frozen=True)
+class Update:
+    """The numbers of one update."""
+
+    learning_rate: float
+    gradient_factor: float
+    beta1: float
+    beta2: float
+    epsilon: float
+    weight_decay: float
+    inverse_correction1: float
+    """1 / (1 - beta1^t)."""
+    inverse_correction2: float
+    """1 / (1 - beta2^t)."""
+
+
+class Lamb:
+    """LAMB on whatever the parameters are on."""
+
+    def __init__(self, parameters: dict[str, Tensor], settings: recipe.Optimizer) -> None:
+        self._settings = settings
+        self._num_updates = torch.zeros((), dtype=torch.int64)
+        self._slots = {name: Slot(p, torch.zeros_like(p), torch.zeros_like(p), decays(name, p)) for name, p in parameters.items()}
+
+    @torch.no_grad()
+    def step(self, learning_rate: float, gradient_factor: float = 1.0) -> None:
+        """One update; the gradients are only read."""
+        self._num_updates += 1
+        count, chosen = int(self._num_updates.item()), self._settings
+        update = Update(
+            learning_rate=learning_rate,
+            gradient_factor=gradient_factor,
+            beta1=chosen.beta1,
+            beta2=chosen.beta2,
+            epsilon=chosen.epsilon,
+            weight_decay=chosen.weight_decay,
+            inverse_correction1=1.0 / (1.0 - chosen.beta1**count),
+            inverse_correction2=1.0 / (1.0 - chosen.beta2**count),
+        )
+        slots = [slot for slot in self._slots.values() if slot.parameter.grad is not None]
+        if slots:
+            choose(slots)(slots, update)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """First and second moments, and the number of updates."""
+        state = {"num_updates": self._num_updates}
+        for name, slot in self._slots.items():
+            state[f"exp_avg.{name}"] = slot.exp_avg
+            state[f"exp_avg_sq.{name}"] = slot.exp_avg_sq
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Copy a saved state in. Raises CheckpointError."""
+        load_into(self.state_dict(), state, optimizer="LAMB")
+
+
+def gradient(slot: Slot) -> Tensor:
+    """The gradient of a slot that has one."""
+    assert slot.parameter.grad is not None
+    return slot.parameter.grad
+
+
+def update_by_kernel(slots: list[Slot], update: Update) -> None:
+    """Two sweeps in C: moments and norms, then the parameters; the sums do not depend on the number of threads."""
+    module = kernel.extension()
+    assert module is not None
+    columns = ([s.parameter for s in slots], [gradient(s) for s in slots], [s.exp_avg for s in slots], [s.exp_avg_sq for s in slots])
+    module.step(
+        kernel.addresses(*columns),
+        kernel.sizes(*columns),
+        bytes(slot.adapts for slot in slots),
+        update.learning_rate,
+        update.gradient_factor,
+        update.beta1,
+        update.beta2,
+        update.epsilon,
+        update.weight_decay,
+        update.inverse_correction1,
+        update.inverse_correction2,
+        torch.get_num_threads(),
+    )
+
+
+def update_by_loop(slots: list[Slot], update: Update) -> None:
+    """One tensor after another, so that what one operation leaves in the cache serves the next."""
+    for slot in slots:
+        scaled = gradient(slot) * update.gradient_factor
+        slot.exp_avg.mul_(update.beta1).add_(scaled, alpha=1.0 - update.beta1)
+        slot.exp_avg_sq.mul_(update.beta2).addcmul_(scaled, scaled, value=1.0 - update.beta2)
+        denominator = (slot.exp_avg_sq * update.inverse_correction2).sqrt_().add_(update.epsilon)
+        direction = torch.div(slot.exp_avg * update.inverse_correction1, denominator, out=denominator)
+        ratio = 1.0
+        if slot.adapts:
+            direction.add_(slot.parameter, alpha=update.weight_decay)
+            weight_norm, norm = (float(torch.linalg.vector_norm(t, dtype=torch.float64).item()) for t in (slot.parameter, direction))
+            ratio = weight_norm / norm if weight_norm != 0.0 and norm != 0.0 else 1.0
+        slot.parameter.add_(direction, alpha=-update.learning_rate * ratio)
+
+
+def update_by_foreach(slots: list[Slot], update: Update) -> None:
+    """One multi-tensor kernel an operation; nothing waits for the device."""
+    parameters, gradients = [s.parameter for s in slots], [gradient(s) for s in slots]
+    exp_avgs, exp_avg_sqs = [s.exp_avg for s in slots], [s.exp_avg_sq for s in slots]
+    scaled = torch._foreach_mul(gradients, update.gradient_factor)
+    torch._foreach_mul_(exp_avgs, update.beta1)
+    torch._foreach_add_(exp_avgs, scaled, alpha=1.0 - update.beta1)
+    torch._foreach_mul_(exp_avg_sqs, update.beta2)
+    torch._foreach_addcmul_(exp_avg_sqs, scaled, scaled, value=1.0 - update.beta2)
+    denominators = torch._foreach_mul(exp_avg_sqs, update.inverse_correction2)
+    torch._foreach_sqrt_(denominators)
+    torch._foreach_add_(denominators, update.epsilon)
+    directions = torch._foreach_mul(exp_avgs, update.inverse_correction1)
+    torch._foreach_div_(directions, denominators)
+    adapted = [index for index, slot in enumerate(slots) if slot.adapts]
+    if adapted:
+        _adapt([parameters[i] for i in adapted], [directions[i] for i in adapted], update.weight_decay)
+    torch._foreach_add_(parameters, directions, alpha=-update.learning_rate)
+
+
+def _adapt(parameters: list[Tensor], directions: list[Tensor], weight_decay: float) -> None:
+    """Add the decay to the directions and multiply each by its trust ratio, in place."""
+    torch._foreach_add_(directions, parameters, alpha=weight_decay)
+    weight_norms, norms = torch.stack(torch._foreach_norm(parameters)), torch.stack(torch._foreach_norm(directions))
+    ratios = torch.where((weight_norms != 0.0) & (norms != 0.0), weight_norms / norms, 1.0)
+    torch._foreach_mul_(directions, list(ratios.unbind()))
+
+
+UPDATES = {"kernel": update_by_kernel, "loop": update_by_loop, "foreach": update_by_foreach}
+
+
+def choose(slots: list[Slot]) -> Callable[[list[Slot], Update], None]:
+    """The fastest way for where the tensors are."""
+    if slots[0].parameter.device.type != "cpu":
+        return UPDATES["foreach"]
+    tensors = [tensor for s in slots for tensor in (s.parameter, gradient(s), s.exp_avg, s.exp_avg_sq)]
+    return UPDATES["kernel" if kernel.can_take(tensors) else "loop"]
