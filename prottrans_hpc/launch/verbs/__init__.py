@@ -1,0 +1,1 @@
+"""One module a verb of `prottrans`; each is imported only when its verb is used."""

@@ -1,0 +1,47 @@
+"""`prottrans preprocess`: FASTA files in, a corpus of shards out."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import click
+
+from ..options import INVALID, as_json, examples, path_argument, path_option, run_here, verbosity
+
+_EXAMPLES = examples(
+    "prottrans preprocess uniref50.fasta.gz --out corpus",
+    "prottrans preprocess part1.fasta part2/ --out corpus --dedup --validation 0.01 --workers 8",
+    "mpirun -np 4 prottrans preprocess uniref100.fasta --out corpus --mpi",
+)
+
+
+@click.command(epilog=_EXAMPLES)
+@path_argument("inputs", metavar="FASTA...", nargs=-1, required=True)
+@path_option("--out", metavar="CORPUS", required=True, help="The folder to write; a rerun skips the shards that are complete.")
+@click.option("--workers", metavar="N", type=click.IntRange(1, 4096), help="Processes to use; the number does not change the result.  [default: all cores]")
+@click.option("--mpi", is_flag=True, help="Share the work among the ranks that mpirun or srun started.")
+@click.option("--shards", metavar="K", type=click.IntRange(1, 100_000), help="Training shards to write.  [default: by size]")
+@click.option("--dedup", is_flag=True, help="Keep one of each group of identical sequences.")
+@click.option("--validation", metavar="SHARE", type=click.FloatRange(0.0, 0.5), default=0.01, show_default=True, help="Share of the sequences to hold out.")
+@path_option("--clusters", metavar="TSV", help="Clusters (representative, member): a cluster is held out as a whole.")
+@click.option(
+    "--invalid", type=click.Choice(INVALID), default="error", show_default=True, help="For letters that are no residue: stop, replace by X, skip the record."
+)
+@click.option("--keep-rare", is_flag=True, help="Keep B, O, U and Z instead of replacing them by X.")
+@click.option("--no-names", is_flag=True, help="Do not store the names of the records.")
+@click.option("--release", metavar="TEXT", help="A note on where the sequences come from, kept in the index: 'UniRef50 2024_01'.")
+@as_json
+@verbosity
+def preprocess(
+    inputs: tuple[Path, ...], out: Path, workers: int | None, mpi: bool, no_names: bool, clusters: Path | None, as_json: bool, **rules: object
+) -> None:
+    """Turn FASTA files or folders of them (plain, .gz, .zst, .bz2, .xz) into CORPUS, a folder of shards that `pretrain` reads.
+
+    One token a residue, upper case; B, O, U and Z become X as in the papers. Nothing is visible under CORPUS before it is whole.
+    """
+    if mpi and workers:
+        raise click.UsageError("--workers and --mpi exclude each other: with --mpi the ranks are the workers")
+    request = {"inputs": [str(path) for path in inputs], "out": str(out), "workers": workers or len(os.sched_getaffinity(0)), "mpi": mpi}
+    request |= {"clusters": str(clusters) if clusters else None, "names": not no_names, "compression": None, "json": as_json, **rules}
+    run_here("preprocess", request)
