@@ -14,15 +14,21 @@ import types
 import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
 from .errors import ConfigError
 
-STRICT = ConfigDict(strict=True, extra="forbid")
-"""For every noun that a human writes in TOML: no unknown key, no silent conversion."""
+STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+"""For every noun that a human writes in TOML: no unknown key, no silent conversion, no nan or inf."""
+
+Count = Annotated[int, Field(ge=1)]
+Natural = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0.0)]
+NonNegative = Annotated[float, Field(ge=0.0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 T = typing.TypeVar("T")
 
@@ -82,9 +88,10 @@ def with_settings(values: Mapping[str, Any], settings: Iterable[str]) -> dict[st
 
 def _parse_value(text: str) -> Any:
     try:
-        return tomllib.loads(f"value = {text}")["value"]
+        parsed = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError:
         return text
+    return parsed["value"] if len(parsed) == 1 else text  # a line break in the text would start another key
 
 
 def _assign(target: Any, keys: list[str], value: Any, setting: str) -> None:

@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic.dataclasses import dataclass
 
 from . import config
-from .config import STRICT
+from .config import STRICT, Count, Natural, Positive
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -16,8 +16,8 @@ class Gpu:
     """One kind of GPU."""
 
     name: str
-    memory_gib: float
-    peak_tflops: dict[str, float]
+    memory_gib: Positive
+    peak_tflops: dict[str, Positive]
     """Dense peak by precision (fp32, bf16, fp16); a missing precision is not supported."""
 
 
@@ -25,18 +25,16 @@ class Gpu:
 class Node:
     """One node."""
 
-    num_cpu_cores: int
+    num_cpu_cores: Natural
     """Cores that jobs may use; 0: as many as the operating system offers (a laptop)."""
-    num_gpus: int = 0
+    num_gpus: Natural = 0
     gpu: Gpu | None = None
-    host_memory_gib: float | None = None
+    host_memory_gib: Positive | None = None
     local_disk_path: str | None = None
     """Node-local scratch, for example an NVMe mount."""
-    local_disk_gib: float | None = None
+    local_disk_gib: Positive | None = None
 
     def __post_init__(self) -> None:
-        if min(self.num_cpu_cores, self.num_gpus) < 0:
-            raise ValueError("num_cpu_cores and num_gpus must not be negative")
         if (self.num_gpus > 0) != (self.gpu is not None):
             raise ValueError("num_gpus above 0 and a [node.gpu] section belong together")
 
@@ -50,16 +48,12 @@ class Machine:
     scheduler: Literal["local"]
     starter: Literal["processes", "mpirun", "torchrun", "none"]
     """What starts the ranks of a job: our own local processes, mpirun, torchrun, or nothing (one rank)."""
-    ranks_per_node: int
+    ranks_per_node: Count
     node: Node
-    max_nodes: int
+    max_nodes: Count
     """Largest number of nodes that one job may ask for."""
     setup_lines: tuple[str, ...] = ()
     """Shell lines that prepare the environment of a job: modules, a virtual environment."""
-
-    def __post_init__(self) -> None:
-        if self.ranks_per_node < 1 or self.max_nodes < 1:
-            raise ValueError("ranks_per_node and max_nodes must be at least 1")
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from .errors import ConfigError
+
+_TASKS = re.compile(r"(\d+)(?:\(x(\d+)\))?")
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,10 @@ def _tasks_on_node(text: str, node: int) -> int:
     """Slurm's "6(x3),4" means three nodes with six tasks and one with four."""
     counts: list[int] = []
     for part in text.split(","):
-        count, _, repeat = part.partition("(x")
-        counts += [int(count)] * int(repeat.rstrip(")") or 1)
+        match = _TASKS.fullmatch(part)
+        if match is None:
+            raise ConfigError(f"SLURM_STEP_TASKS_PER_NODE is {text!r}, which is not of the form 6(x3),4")
+        counts += [int(match[1])] * int(match[2] or 1)
+    if not 0 <= node < len(counts):
+        raise ConfigError(f"SLURM_NODEID is {node}, but SLURM_STEP_TASKS_PER_NODE is {text!r}, which tells of {len(counts)} nodes")
     return counts[node]

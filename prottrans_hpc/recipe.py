@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic.dataclasses import dataclass
 
 from . import config
-from .config import STRICT
+from .config import STRICT, Count, Fraction, Natural, NonNegative, Positive
 from .errors import ConfigError
 
 
@@ -32,42 +32,40 @@ class Masked:
     name: Literal["masked"] = "masked"
     fraction: float = 0.15
     """Share of the residues that are to be predicted, each drawn independently."""
-    mask_share: float = 0.8
+    mask_share: Fraction = 0.8
     """Share of those that the mask token replaces."""
-    random_share: float = 0.1
+    random_share: Fraction = 0.1
     """Share of those that a random residue replaces; the others stay as they are."""
 
     def __post_init__(self) -> None:
         if not 0.0 < self.fraction < 1.0:
             raise ValueError(f"fraction must be between 0 and 1, not {self.fraction}")
-        if min(self.mask_share, self.random_share) < 0.0 or self.mask_share + self.random_share > 1.0:
-            raise ValueError(f"mask_share {self.mask_share} and random_share {self.random_share} must not be negative and not exceed 1 together")
+        if self.mask_share + self.random_share > 1.0:
+            raise ValueError(f"mask_share {self.mask_share} and random_share {self.random_share} exceed 1 together")
 
 
 @dataclass(frozen=True, config=STRICT)
 class Phase:
     """A stretch of training with its own sequence limit and batch (the papers: 512, then 2,048 residues)."""
 
-    steps: int
+    steps: Count
     """Optimizer steps in this phase."""
-    max_residues: int
+    max_residues: Count
     """Longest sequence, in residues; what is longer is handled as `order.long_sequences` says."""
-    global_batch_size: int | None = None
+    global_batch_size: Count | None = None
     """Sequences a step, over all ranks. Give this or `global_batch_residues`."""
-    global_batch_residues: int | None = None
+    global_batch_residues: Count | None = None
     """Residues a step, over all ranks: a step takes sequences, in order, until the next would exceed it."""
-    warmup_steps: int = 0
+    warmup_steps: Natural = 0
     """Steps over which the learning rate rises linearly from 0 at the start of this phase."""
-    learning_rate: float | None = None
+    learning_rate: Positive | None = None
     """Peak learning rate of this phase, if not the optimizer's."""
 
     def __post_init__(self) -> None:
         if (self.global_batch_size is None) == (self.global_batch_residues is None):
             raise ValueError("give either global_batch_size or global_batch_residues, not both and not neither")
-        if min(self.steps, self.max_residues, self.global_batch_size or 1, self.global_batch_residues or 1) < 1:
-            raise ValueError("steps, max_residues and the global batch must be at least 1")
-        if not 0 <= self.warmup_steps <= self.steps:
-            raise ValueError(f"warmup_steps {self.warmup_steps} must be between 0 and steps {self.steps}")
+        if self.warmup_steps > self.steps:
+            raise ValueError(f"warmup_steps {self.warmup_steps} exceeds steps {self.steps}")
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -75,18 +73,16 @@ class Optimizer:
     """Which optimizer, and its numbers."""
 
     name: Literal["lamb", "adamw"]
-    learning_rate: float
-    weight_decay: float = 0.01
+    learning_rate: Positive
+    weight_decay: NonNegative = 0.01
     """Decoupled; never applied to biases and norm weights."""
     beta1: float = 0.9
     beta2: float = 0.999
-    epsilon: float = 1e-6
-    clip_norm: float = 1.0
+    epsilon: Positive = 1e-6
+    clip_norm: NonNegative = 1.0
     """Largest global L2 norm of the gradient; 0 switches clipping off."""
 
     def __post_init__(self) -> None:
-        if self.learning_rate <= 0.0 or self.epsilon <= 0.0 or self.weight_decay < 0.0:
-            raise ValueError("learning_rate and epsilon must be positive and weight_decay not negative")
         if not (0.0 <= self.beta1 < 1.0 and 0.0 <= self.beta2 < 1.0):
             raise ValueError("beta1 and beta2 must be at least 0 and below 1")
 
@@ -96,7 +92,7 @@ class Schedule:
     """How the learning rate falls after the warm-up of a phase."""
 
     decay: Literal["linear", "inverse_square_root", "cosine", "constant"] = "linear"
-    final_fraction: float = 0.0
+    final_fraction: Fraction = 0.0
     """Linear and cosine end a phase at this fraction of the peak."""
 
 
@@ -106,9 +102,9 @@ class Order:
 
     long_sequences: Literal["crop", "split"] = "crop"
     """A sequence over the phase's limit: a random window of it, or all its consecutive fragments as samples."""
-    block_sequences: int = 64
+    block_sequences: Count = 64
     """Consecutive sequences that stay together when blocks are shuffled (sequential reads from disk)."""
-    window_blocks: int = 512
+    window_blocks: Count = 512
     """Blocks within which single sequences are shuffled again."""
 
 
@@ -116,9 +112,9 @@ class Order:
 class Loading:
     """How batches reach the model; none of it changes which sequences a step sees."""
 
-    bin_residues: int = 16384
+    bin_residues: Count = 16384
     """Residues of one packed micro batch; raised to the phase's `max_residues` where that is larger."""
-    prefetch_steps: int = 2
+    prefetch_steps: Count = 2
     """Steps prepared ahead in the background."""
 
 
@@ -128,9 +124,9 @@ class Parallel:
 
     comm: Literal["torch", "horovod"] = "torch"
     """torch.distributed (DDP over gloo or nccl) or Horovod; one rank needs neither."""
-    bucket_mib: int = 25
+    bucket_mib: Count = 25
     """Size of a gradient bucket, MiB."""
-    timeout_s: int = 600
+    timeout_s: Count = 600
     """A collective that takes longer means a dead rank: the whole gang ends."""
 
 
@@ -138,9 +134,9 @@ class Parallel:
 class Checkpointing:
     """When training state is saved, and what is kept."""
 
-    every_steps: int
-    keep_last: int = 3
-    keep_every_steps: int = 0
+    every_steps: Count
+    keep_last: Count = 3
+    keep_every_steps: Natural = 0
     """Checkpoints at multiples of this many steps are kept for ever; 0 keeps none."""
 
 
@@ -148,9 +144,9 @@ class Checkpointing:
 class Validation:
     """When the loss on the held-out split is measured."""
 
-    every_steps: int = 0
+    every_steps: Natural = 0
     """0: never."""
-    max_sequences: int = 1024
+    max_sequences: Count = 1024
     """The first so many of the validation split, in a fixed order with fixed masks."""
 
 
@@ -171,8 +167,8 @@ class Recipe:
     validation: Validation = Validation()
     precision: Literal["fp32", "bf16"] = "fp32"
     """fp32, or bf16 autocast with fp32 weights."""
-    seed: int = 42
-    non_finite_limit: int = 3
+    seed: Natural = 42
+    non_finite_limit: Count = 3
     """So many steps in a row with a non-finite loss or gradient trigger the rollback."""
 
     def __post_init__(self) -> None:

@@ -147,8 +147,10 @@ def read_run(run_dir: RunDir) -> Run:
     return parse_run(values, source=str(run_dir.run_json))
 
 
-def parse_run(values: Mapping[str, Any], *, source: str) -> Run:
+def parse_run(values: Any, *, source: str) -> Run:
     """The run that the content of a run.json describes."""
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{source} is no run: it holds a {type(values).__name__}, not an object")
     if values.get("format") != FORMAT:
         raise ConfigError(f"{source} has format {values.get('format')!r}; this version reads {FORMAT}")
     try:
@@ -162,7 +164,9 @@ def parse_run(values: Mapping[str, Any], *, source: str) -> Run:
             corpus_sha256=str(values["corpus_sha256"]),
             machine=config.parse(Machine, values["machine"], source=source),
             allocation=config.parse(Allocation, values["allocation"], source=source),
-            stop_after_step=values["stop_after_step"],
+            stop_after_step=None if values["stop_after_step"] is None else int(values["stop_after_step"]),
         )
     except KeyError as error:
         raise ConfigError(f"{source} lacks the key {error.args[0]!r}") from error
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{source}: stop_after_step is {values['stop_after_step']!r}, not a number of steps") from error

@@ -73,7 +73,8 @@ def _bar(label: str, total: float | None, unit: str) -> Iterator[Advance]:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:,.0f}/{task.total:,.0f} " + unit), TimeRemainingColumn())
+    amount = "{task.completed:,.0f}/{task.total:,.0f} " if total is not None else "{task.completed:,.0f} "
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TextColumn(amount + unit, markup=False), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=False) as bars:
         task = bars.add_task(label, total=total)
         yield lambda amount: bars.advance(task, amount)
