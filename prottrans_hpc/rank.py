@@ -48,17 +48,20 @@ class StarterVariables:
     local_rank: str
     local_world_size: str | None
     node_rank: str | None = None
+    num_nodes: str | None = None
 
 
 STARTERS: dict[str, StarterVariables] = {
     # Our own local processes set PROTTRANS_*; they come first because such ranks may run inside a batch job.
     "processes": StarterVariables("PROTTRANS_RANK", "PROTTRANS_WORLD_SIZE", "PROTTRANS_LOCAL_RANK", "PROTTRANS_LOCAL_WORLD_SIZE", "PROTTRANS_NODE_RANK"),
-    "horovodrun": StarterVariables("HOROVOD_RANK", "HOROVOD_SIZE", "HOROVOD_LOCAL_RANK", "HOROVOD_LOCAL_SIZE", "HOROVOD_CROSS_RANK"),
-    "torchrun": StarterVariables("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK"),
+    "horovodrun": StarterVariables("HOROVOD_RANK", "HOROVOD_SIZE", "HOROVOD_LOCAL_RANK", "HOROVOD_LOCAL_SIZE", "HOROVOD_CROSS_RANK", "HOROVOD_CROSS_SIZE"),
+    "torchrun": StarterVariables("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE"),
     # jsrun before mpirun: Spectrum MPI sets both, and only JSM's are there without MPI.
     "jsrun": StarterVariables("JSM_NAMESPACE_RANK", "JSM_NAMESPACE_SIZE", "JSM_NAMESPACE_LOCAL_RANK", "JSM_NAMESPACE_LOCAL_SIZE"),
+    # Open MPI names no node: its OMPI_COMM_WORLD_NODE_RANK is the rank within the node over all jobs there.
     "mpirun": StarterVariables("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
-    "srun": StarterVariables("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", None, "SLURM_NODEID"),
+    # Of the step, not SLURM_NTASKS: an interactive shell of a job (salloc) has that of the whole job, and is one task.
+    "srun": StarterVariables("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", None, "SLURM_NODEID", "SLURM_STEP_NUM_NODES"),
 }
 
 
@@ -71,8 +74,7 @@ def detect(environment: Mapping[str, str]) -> RankContext:
 
 
 def _is_a_step(starter: str, environment: Mapping[str, str]) -> bool:
-    # sbatch sets SLURM_PROCID=0 and SLURM_NTASKS for the batch shell too: only srun's tasks have SLURM_STEP_ID
-    # and a launch node address, and a batch script is no rank.
+    # sbatch sets SLURM_PROCID=0 for the batch shell too, which is no rank: only srun's tasks have a step.
     return starter != "srun" or ("SLURM_STEP_ID" in environment and "SLURM_STEP_TASKS_PER_NODE" in environment)
 
 
@@ -83,9 +85,10 @@ def _read(starter: str, names: StarterVariables, environment: Mapping[str, str])
         local_world_size = _number(names.local_world_size, environment)
     else:
         local_world_size = _tasks_on_node(environment["SLURM_STEP_TASKS_PER_NODE"], _number("SLURM_NODEID", environment))
-    node_rank = _number(names.node_rank, environment) if names.node_rank in environment and names.node_rank else rank // local_world_size
-    num_nodes = _number("SLURM_STEP_NUM_NODES", environment) if starter == "srun" else -(-world_size // local_world_size)
-    if not (0 <= local_rank < local_world_size <= world_size and 0 <= rank < world_size and 0 <= node_rank < num_nodes):
+    # Without a word about nodes, ranks are taken to fill one node after the other, as starters do unless told otherwise.
+    node_rank = _number(names.node_rank, environment) if names.node_rank else rank // local_world_size
+    num_nodes = _number(names.num_nodes, environment) if names.num_nodes else -(-world_size // local_world_size)
+    if local_world_size < 1 or not (0 <= local_rank < local_world_size <= world_size and 0 <= rank < world_size and 0 <= node_rank < num_nodes):
         raise ConfigError(
             f"{starter} set variables that contradict each other: rank {rank} of {world_size}, "
             f"local rank {local_rank} of {local_world_size}, node {node_rank} of {num_nodes}"

@@ -25,9 +25,8 @@ def _fp32(device: torch.device) -> Context:
 
 def _bf16(device: torch.device) -> Context:
     if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise ConfigError(
-            f"precision = 'bf16' is not possible on {torch.cuda.get_device_name(device)}: it has no bf16 arithmetic (compute capability 8.0 or later has). Use 'fp32'"
-        )
+        name = torch.cuda.get_device_name(device)
+        raise ConfigError(f"precision = 'bf16' needs a GPU of compute capability 8.0 or later, which {name} is not: set precision = 'fp32'")
     return lambda: torch.autocast(device.type, dtype=torch.bfloat16)
 
 

@@ -1,0 +1,217 @@
+"""Ranks over Horovod on its MPI controller, started by an MPI starter (mpirun, jsrun, srun with PMIx).
+
+Horovod's own optimizer wrapper is not used: it averages, its `broadcast_optimizer_state` moves the parameters of a
+fresh optimizer, and its fusion of whatever tensors happen to be ready changes the order of summation from run to run
+with three or more ranks. Here the buckets are laid out once, by the list of parameters, and nothing else is fused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .comm import Json, ParallelModel, check_same, decode, encode, parameter_digest
+from .errors import ConfigError, RankLostError, ResourceError, missing_package
+from .rank import RankContext
+from .recipe import Parallel
+
+_POLL_S = 0.0002
+
+_SETTINGS = {
+    "HOROVOD_CONTROLLER": "mpi",
+    "HOROVOD_CPU_OPERATIONS": "mpi",
+    "HOROVOD_FUSION_THRESHOLD": "0",
+}
+"""Set before Horovod starts. MPI, because its Gloo controller is 3 times slower and can hang; no fusion: see above."""
+
+
+def open_horovod(parallel: Parallel, context: RankContext, *, run_dir: Path | None, device: torch.device) -> HorovodComm:
+    """Start Horovod. Raises ResourceError (not installed, or without MPI) or ConfigError (not started by an MPI starter)."""
+    os.environ.update(_SETTINGS)
+    try:
+        import horovod.torch as hvd
+    except ImportError as error:
+        raise missing_package("horovod", "horovod", "parallel.comm = 'horovod'") from error
+    if not hvd.mpi_built():
+        raise ResourceError("this Horovod was built without MPI: build it again with `make horovod`, or set parallel.comm = 'torch'")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    hvd.init()
+    if (hvd.rank(), hvd.size()) != (context.rank, context.world_size):
+        found = f"rank {hvd.rank()} of {hvd.size()}"
+        hvd.shutdown()
+        raise ConfigError(
+            f"the starter {context.starter!r} says that this is rank {context.rank} of {context.world_size}, MPI says {found}: "
+            "parallel.comm = 'horovod' needs a machine whose starter is an MPI one, such as mpirun; or set parallel.comm = 'torch'"
+        )
+    return HorovodComm(hvd, context, device, parallel.timeout_s)
+
+
+class HorovodComm:
+    """Horovod's global process set."""
+
+    name = "horovod"
+
+    def __init__(self, hvd: Any, context: RankContext, device: torch.device, timeout_s: int) -> None:
+        self._hvd = hvd
+        self.rank = context.rank
+        self.world_size = context.world_size
+        self.device = device
+        self.timeout_s = timeout_s
+        self._is_broken = False
+
+    def all_reduce_sum(self, tensor: Tensor) -> Tensor:
+        """The sum over ranks, in MPI's order, which depends on size and world size only."""
+        name = f"sum.{tensor.dtype}.{tuple(tensor.shape)}"
+        return self.wait(self._hvd.allreduce_async(tensor.detach(), op=self._hvd.Sum, name=name), "an all-reduce")
+
+    def start_sum(self, buffer: Tensor, name: str) -> int:
+        """Begin to replace `buffer` by its sum over ranks; give the handle to `wait`."""
+        return int(self._hvd.allreduce_async_(buffer, op=self._hvd.Sum, name=name))
+
+    def wait(self, handle: int, what: str) -> Tensor:
+        """What an operation gave; Horovod itself would wait for a silent peer for ever."""
+        deadline = time.monotonic() + self.timeout_s
+        while not self._hvd.poll(handle):
+            if time.monotonic() > deadline:
+                raise self._lost(what, "no answer")
+            time.sleep(_POLL_S)
+        try:
+            result: Tensor = self._hvd.synchronize(handle)
+        except RuntimeError as error:  # HorovodInternalError is one
+            raise self._lost(what, str(error).strip().splitlines()[0]) from error
+        return result
+
+    def _lost(self, what: str, reason: str) -> RankLostError:
+        self._is_broken = True
+        return RankLostError(
+            f"rank {self.rank} of {self.world_size} lost another rank during {what} (time-out {self.timeout_s} s): {reason}. "
+            "The last checkpoint is good: run the same command again"
+        )
+
+    def barrier(self) -> None:
+        """An all-reduce of one number."""
+        self.all_reduce_sum(torch.zeros(1))
+
+    def broadcast_object(self, value: Json) -> Json:
+        """Rank 0's bytes, through a gather in which the others give nothing."""
+        return decode(self._gather(encode(value) if self.rank == 0 else b"", "broadcast_object"))
+
+    def all_gather_object(self, value: Json) -> list[Json]:
+        """Horovod gathers arrays of different lengths; a line feed parts them, which JSON has only within strings, escaped."""
+        return [decode(part) for part in self._gather(encode(value) + b"\n", "all_gather_object").splitlines()]
+
+    def _gather(self, content: bytes, what: str) -> bytes:
+        buffer = torch.frombuffer(bytearray(content), dtype=torch.uint8) if content else torch.empty(0, dtype=torch.uint8)
+        return bytes(self.wait(self._hvd.allgather_async(buffer, name=what), what).numpy().data)
+
+    def parallel(self, module: nn.Module, bucket_mib: int) -> ParallelModel:
+        """Buckets of gradients, with rank 0's parameters on every rank, checked."""
+        tensors = [*module.named_parameters(), *module.named_buffers()]
+        handles = [self._hvd.broadcast_async_(tensor.data, 0, name=f"start.{name}") for name, tensor in tensors]
+        for handle in handles:
+            self.wait(handle, "the start of the model")
+        check_same(self, "the parameters", parameter_digest(module))
+        return HorovodModel(self, module, bucket_mib)
+
+    def close(self) -> None:
+        """Leave; after a lost rank Horovod's own shutdown would wait for it, so the process has to end without."""
+        if not self._is_broken:
+            self._hvd.shutdown()
+
+
+class Bucket:
+    """Gradients that lie side by side in one buffer and are summed together."""
+
+    def __init__(self, name: str, parameters: list[Tensor]) -> None:
+        self.name = name
+        self.parameters = parameters
+        self.buffer = torch.zeros(sum(p.numel() for p in parameters), dtype=parameters[0].dtype, device=parameters[0].device)
+        pieces = torch.split(self.buffer, [p.numel() for p in parameters])
+        self.views = [piece.view_as(p) for piece, p in zip(pieces, parameters, strict=True)]
+        self.num_ready = 0
+        self.handle: int | None = None
+        self.adopt()
+
+    def adopt(self) -> None:
+        """Make every `.grad` a view of the buffer; a gradient that lies elsewhere is copied in."""
+        for parameter, view in zip(self.parameters, self.views, strict=True):
+            if parameter.grad is None:
+                view.zero_()
+            elif parameter.grad.data_ptr() != view.data_ptr():
+                view.copy_(parameter.grad)
+            parameter.grad = view
+
+
+class HorovodModel:
+    """Sums each bucket as soon as the last backward pass of a step has filled it."""
+
+    def __init__(self, comm: HorovodComm, module: nn.Module, bucket_mib: int) -> None:
+        self._comm = comm
+        self.module = module
+        self._accumulates_only = False
+        self._buckets = plan_buckets([p for p in module.parameters() if p.requires_grad], bucket_mib << 20)
+        for bucket in self._buckets:
+            for parameter in bucket.parameters:
+                parameter.register_post_accumulate_grad_hook(partial(self._on_gradient, bucket))  # type: ignore[no-untyped-call]
+
+    @contextlib.contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Forward and backward in here only add to this rank's gradients."""
+        before, self._accumulates_only = self._accumulates_only, True
+        try:
+            yield
+        finally:
+            self._accumulates_only = before
+
+    def backward(self, loss: Tensor) -> None:
+        """`loss.backward()`; outside `no_sync` full buckets are on their way when it returns."""
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    def finish_gradients(self) -> None:
+        """Send what no gradient completed, then wait for all buckets."""
+        for bucket in self._buckets:
+            if bucket.handle is None:
+                self._send(bucket)
+        for bucket in self._buckets:
+            assert bucket.handle is not None
+            self._comm.wait(bucket.handle, "the reduction of the gradients")
+            bucket.handle, bucket.num_ready = None, 0
+
+    def zero_gradients(self) -> None:
+        """One sweep over the buffers."""
+        for bucket in self._buckets:
+            bucket.buffer.zero_()
+            bucket.adopt()
+
+    def _on_gradient(self, bucket: Bucket, parameter: Tensor) -> None:
+        if self._accumulates_only:
+            return
+        bucket.num_ready += 1
+        if bucket.num_ready == len(bucket.parameters):
+            self._send(bucket)
+
+    def _send(self, bucket: Bucket) -> None:
+        bucket.adopt()
+        bucket.handle = self._comm.start_sum(bucket.buffer, bucket.name)
+
+
+def plan_buckets(parameters: list[Tensor], bucket_bytes: int) -> list[Bucket]:
+    """Parameters from the last to the first, about the order in which a backward pass completes their gradients."""
+    groups: list[list[Tensor]] = []
+    size = 0
+    for parameter in reversed(parameters):
+        if not groups or size + parameter.nbytes > bucket_bytes or groups[-1][0].dtype != parameter.dtype:
+            groups.append([])
+            size = 0
+        groups[-1].append(parameter)
+        size += parameter.nbytes
+    return [Bucket(f"gradients.{index}", group) for index, group in enumerate(groups)]
