@@ -119,7 +119,7 @@ _SIZES = {
         errata=(
             *_BOTH,
             "The table gives 128 hosts with 1,024 TPU cores; the text says V3-512.",
-            "The preprint's 116,736 TPU core-hours imply 86 TFLOP/s a core (6 x parameters x tokens), above a TPU v3 core's peak of about 52 to 61 (unchecked).",
+            "The preprint's 116,736 TPU core-hours imply 86 TFLOP/s a core (6 x parameters x tokens), above a TPU v3 core's peak of about 52 to 61.",
             "So either its hours or the journal's steps are wrong, or the hours belong to an earlier, shorter run.",
             "The size of BFD is given as 527, 572 and 734 GB; 734 fits the space-separated text in GiB (736).",
             "The gain in Q3 over ProtBert is given as 1.1 and as 1.3; the table's numbers differ by 1.0.",

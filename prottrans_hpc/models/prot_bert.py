@@ -1,0 +1,140 @@
+"""BERT on packed protein sequences: post-norm encoder, learned positions, masked-residue head.
+
+The function is that of `transformers.BertForPreTraining`; the layout is not: T rows of all sequences end to end,
+no padding, and the prediction head only where a target is. Masked training has no use for the pooler and the
+next-sentence head of the published weights, so their parameters have requires_grad False: they take no gradient,
+no optimizer state and no communication, and an imported model is exported with them unchanged.
+
+Shapes: T tokens, M targets, W width of the hidden states, H heads, D width of a head.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ..architecture import Batch, LossSum
+from ..architectures.prot_bert import BertShape
+from ..errors import ConfigError
+from . import attention
+from .attention import Attend
+
+
+class Embeddings(nn.Module):
+    """Residue + position + segment 0, normalised."""
+
+    def __init__(self, shape: BertShape) -> None:
+        super().__init__()
+        self.words = nn.Embedding(shape.vocabulary_size, shape.hidden_size)
+        self.positions = nn.Embedding(shape.max_positions, shape.hidden_size)
+        self.token_types = nn.Embedding(shape.num_token_types, shape.hidden_size)
+        self.norm = nn.LayerNorm(shape.hidden_size, eps=shape.layer_norm_epsilon)
+
+    def forward(self, tokens_T: Tensor, positions_T: Tensor) -> Tensor:
+        """The input of the first layer, [T, W]."""
+        result: Tensor = self.norm(self.words(tokens_T) + self.token_types.weight[0] + self.positions(positions_T))
+        return result
+
+
+class Layer(nn.Module):
+    """Attention and feed-forward part, each added to its input and then normalised."""
+
+    def __init__(self, shape: BertShape) -> None:
+        super().__init__()
+        width, inner = shape.hidden_size, shape.intermediate_size
+        self.num_heads = shape.num_heads
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(width, width)
+        self.value = nn.Linear(width, width)
+        self.attention_output = nn.Linear(width, width)
+        self.attention_norm = nn.LayerNorm(width, eps=shape.layer_norm_epsilon)
+        self.up = nn.Linear(width, inner)
+        self.down = nn.Linear(inner, width)
+        self.output_norm = nn.LayerNorm(width, eps=shape.layer_norm_epsilon)
+
+    def forward(self, hidden_TW: Tensor, attend: Attend, dtype: torch.dtype) -> Tensor:
+        """Hidden states in, hidden states out, [T, W]; `dtype` is that of the matrix products."""
+        narrow_TW = hidden_TW.to(dtype)  # once, where autocast would cast and keep a copy for each of the three
+        query, key, value = (linear(narrow_TW).unflatten(-1, (self.num_heads, -1)) for linear in (self.query, self.key, self.value))
+        attended_TW = attend(query, key, value).flatten(1)
+        hidden_TW = self.attention_norm(self.attention_output(attended_TW) + hidden_TW)
+        result: Tensor = self.output_norm(self.down(functional.gelu(self.up(hidden_TW))) + hidden_TW)
+        return result
+
+
+class MaskedHead(nn.Module):
+    """Scores over the vocabulary; the word table is the last matrix (weight tying)."""
+
+    def __init__(self, shape: BertShape) -> None:
+        super().__init__()
+        self.dense = nn.Linear(shape.hidden_size, shape.hidden_size)
+        self.norm = nn.LayerNorm(shape.hidden_size, eps=shape.layer_norm_epsilon)
+        self.bias = nn.Parameter(torch.empty(shape.vocabulary_size))
+
+    def forward(self, hidden_MW: Tensor, words_VW: Tensor) -> Tensor:
+        """Scores, [M, V]."""
+        return functional.linear(self.norm(functional.gelu(self.dense(hidden_MW))), words_VW, self.bias)
+
+
+class ProtBert(nn.Module):
+    """The encoder with its heads. `backend` (a key of `attention.BACKENDS`) overrules the choice of attention."""
+
+    def __init__(self, shape: BertShape) -> None:
+        super().__init__()
+        self.shape = shape
+        self.backend: str | None = None
+        self.embeddings = Embeddings(shape)
+        self.layers = nn.ModuleList(Layer(shape) for _ in range(shape.num_layers))
+        self.head = MaskedHead(shape)
+        self.pooler = nn.Linear(shape.hidden_size, shape.hidden_size).requires_grad_(False)
+        self.next_sentence = nn.Linear(shape.hidden_size, 2).requires_grad_(False)
+
+    def forward(self, batch: Batch) -> LossSum:
+        """Summed negative log likelihood of the targets, nats; 0 and connected to every trained parameter without any."""
+        logits_MV = self.logits(self.hidden(batch).index_select(0, batch.target_positions)).float()
+        loss = functional.cross_entropy(logits_MV, batch.targets, reduction="sum")
+        return LossSum(loss=loss, num_correct=(logits_MV.argmax(dim=-1) == batch.targets).sum())
+
+    def hidden(self, batch: Batch) -> Tensor:
+        """The last hidden states, [T, W]."""
+        return self.hidden_states(batch)[-1]
+
+    def hidden_states(self, batch: Batch) -> list[Tensor]:
+        """The embeddings and the output of each layer, [T, W] each. Raises ConfigError for a sequence without positions."""
+        if batch.max_length > self.shape.max_positions:
+            raise ConfigError(f"a sequence has {batch.max_length} tokens, special ones included; this model has {self.shape.max_positions} positions")
+        states: list[Tensor] = [self.embeddings(batch.tokens, batch.positions)]
+        dtype = _compute_dtype(states[0])
+        attend = attention.prepare(batch.cu_seqlens, batch.max_length, dtype=dtype, backend=self.backend)
+        for layer in self.layers:
+            states.append(layer(states[-1], attend, dtype))
+        return states
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Scores over the vocabulary, [N, V], for hidden states [N, W]."""
+        result: Tensor = self.head(hidden, self.embeddings.words.weight)
+        return result
+
+    @torch.no_grad()
+    def initialise(self, seed: int) -> None:
+        """Draw the starting weights: normal matrices and tables, zero biases, unit norms; equal on every device type."""
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in self.named_parameters():
+            if parameter.ndim > 1:
+                parameter.copy_(torch.empty(parameter.shape).normal_(0.0, self.shape.initializer_range, generator=generator))
+            else:
+                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+
+
+def _compute_dtype(hidden: Tensor) -> torch.dtype:
+    kind = hidden.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+
+
+def build(shape: BertShape) -> ProtBert:
+    """The modules on torch's default device; the weights are undefined until `initialise` or `load_state_dict`."""
+    device = torch.get_default_device()
+    with torch.device("meta"):  # spares the default initialisation, seconds for the published sizes
+        module = ProtBert(shape)
+    return module if device.type == "meta" else module.to_empty(device=device)
