@@ -102,7 +102,9 @@ class RequeueRequested(ProttransError):  # noqa: N818 - a request by the schedul
 
 def missing_package(package: str, extra: str, purpose: str) -> ResourceError:
     """The error for an optional package that is not installed, with the command that installs it."""
-    return ResourceError(f"{purpose} needs the package {package!r}, which is not installed here. Install it with: pip install 'prottrans-hpc[{extra}]'")
+    # pip alone cannot build Horovod against today's torch.
+    command = "make horovod (in a checkout of prottrans-hpc)" if package == "horovod" else f"pip install 'prottrans-hpc[{extra}]'"
+    return ResourceError(f"{purpose} needs the package {package!r}, which is not installed here. Install it with: {command}")
 
 
 _ERRNO_CODES = {
@@ -110,6 +112,8 @@ _ERRNO_CODES = {
     errno.EDQUOT: CANNOT_WRITE,
     errno.EFBIG: CANNOT_WRITE,
     errno.EROFS: CANNOT_WRITE,
+    errno.EEXIST: CANNOT_WRITE,
+    errno.ENOTEMPTY: CANNOT_WRITE,
     errno.EACCES: NO_PERMISSION,
     errno.EPERM: NO_PERMISSION,
     errno.ENOENT: NO_INPUT,
