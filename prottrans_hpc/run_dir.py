@@ -54,6 +54,21 @@ class RunDir:
         return self.path / "job.json"
 
     @property
+    def exit_code(self) -> Path:
+        """The exit code of the latest start, written by the job script when it ends."""
+        return self.path / "job.exit-code"
+
+    @property
+    def job_log(self) -> Path:
+        """What the job script and rank 0 print when they have no terminal."""
+        return self.path / "logs" / "job.log"
+
+    @property
+    def lock(self) -> Path:
+        """Locked by the job that uses this directory, for as long as one of its processes lives."""
+        return self.path / "lock"
+
+    @property
     def metrics(self) -> Path:
         """One JSON object for each optimizer step, written by rank 0."""
         return self.path / "metrics.jsonl"

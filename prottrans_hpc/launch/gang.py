@@ -1,0 +1,187 @@
+"""A gang is all ranks of one run at once: prepare or reopen its run directory, write its job script, start it.
+
+A run directory belongs to one run. The same experiment (recipe, corpus) resumes in it; another one is refused.
+"""
+
+from __future__ import annotations
+
+import datetime
+import fcntl
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from .. import __version__, config, durable, run_dir, terminal
+from ..errors import ConfigError, IdentityError, SubmitError
+from ..machine import Allocation, Machine
+from ..recipe import Recipe, science
+from ..run_dir import Run, RunDir
+from . import foreground, local
+from .checks import CorpusFacts
+from .job_script import Job, render
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything about a pre-training job that was decided before anything is touched."""
+
+    recipe: Recipe
+    recipe_name: str
+    corpus: CorpusFacts
+    machine: Machine
+    allocation: Allocation
+    stop_after_step: int | None
+    run_dir: RunDir
+    """Its path is absolute; the folder may not exist yet."""
+
+    @property
+    def job(self) -> Job:
+        """The job that carries the plan out."""
+        return Job("pretrain", self.run_dir.path.name, self.run_dir, self.machine, self.allocation, sys.executable)
+
+    @property
+    def script(self) -> bytes:
+        """The job script: a function of the plan alone, so that a dry run shows what a real one runs."""
+        return render(self.job, local.render_header(self.job))
+
+
+def default_run_dir(recipe: Recipe, recipe_name: str, corpus: Path) -> Path:
+    """`runs/NAME-ID`, the ID made from the science and the corpus's path: the same command finds the same run again."""
+    from hashlib import sha256
+
+    identity = json.dumps([science(recipe), os.fspath(corpus.absolute())], sort_keys=True)
+    return Path("runs", f"{recipe_name[:50]}-{sha256(identity.encode('utf-8', 'surrogatepass')).hexdigest()[:8]}")
+
+
+def usable_name(name_or_path: str) -> str:
+    """A recipe's name, or that of its file, with whatever a name cannot have replaced."""
+    name = Path(name_or_path).stem if name_or_path.endswith(".toml") else name_or_path
+    return re.sub(r"[^A-Za-z0-9._-]", "_", name).lstrip(".-")[:64] or "recipe"
+
+
+def existing_run(plan: Plan) -> Run | None:
+    """The run in the plan's directory, if there is one that the plan continues.
+
+    Raises IdentityError when it is another experiment, ConfigError when the directory holds something else.
+    """
+    folder = plan.run_dir.path
+    if not plan.run_dir.run_json.exists():
+        _check_free(folder)
+        return None
+    run = run_dir.read_run(plan.run_dir)
+    old = {**science(run.recipe), "corpus_sha256": run.corpus_sha256}
+    new = {**science(plan.recipe), "corpus_sha256": plan.corpus.sha256}
+    if old != new:
+        raise IdentityError(
+            f"{folder} holds another experiment (run -> this command): {'; '.join(config.differences(old, new))}. "
+            "Give the settings and the corpus of that run to resume it, or another --run-dir to start a new one"
+        )
+    return run
+
+
+def describe(plan: Plan, run: Run | None) -> str:
+    """Whether the directory is new, or what is in it already."""
+    if run is None:
+        return "new"
+    steps = plan.run_dir.checkpoint_steps()
+    end = min(plan.recipe.num_steps, plan.stop_after_step or plan.recipe.num_steps)
+    return f"resumes at step {steps[-1]} of {end}" if steps else "starts again: it has no checkpoint yet"
+
+
+def carry_out(plan: Plan, *, detach: bool) -> int:
+    """Write the run directory and start the job; the exit code of a job in the foreground, 0 of one in the background."""
+    directory = run_dir.prepare(plan.run_dir.path)
+    with _locked(directory) as lock:
+        run = existing_run(plan)
+        _write_run(plan, directory, run)
+        durable.write_bytes(directory.job_script, plan.script)
+        directory.exit_code.unlink(missing_ok=True)
+        if not detach:
+            _write_job(directory, str(os.getpid()))
+            return foreground.run(["bash", str(directory.job_script)], lock)
+        job_id = _submit(directory, lock)
+        _write_job(directory, job_id)
+        terminal.note(f"started in the background as process {job_id}\n  follow: tail -f {directory.job_log}\n  stop:   kill -TERM {job_id}")
+        return 0
+
+
+def _check_free(folder: Path) -> None:
+    ours = {"logs", "checkpoints", RunDir(folder).lock.name}
+    if folder.is_dir():
+        strangers = sorted(path.name for path in folder.iterdir() if path.name not in ours and not durable.is_temporary(path))
+        if strangers:
+            raise ConfigError(f"{folder} is not empty and is no run directory (it holds {', '.join(strangers[:3])}): choose another --run-dir")
+    elif folder.exists():
+        raise ConfigError(f"{folder} is a file: choose another --run-dir")
+
+
+def _write_run(plan: Plan, directory: RunDir, old: Run | None) -> None:
+    """Write run.json when it is new or something that may change has: nodes, steps, loading, checkpoint policy."""
+    created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    fresh = Run(
+        run_id=run_dir.new_run_id(),
+        created=created,
+        version=__version__,
+        recipe=plan.recipe,
+        recipe_name=plan.recipe_name,
+        corpus=str(plan.corpus.path),
+        corpus_sha256=plan.corpus.sha256,
+        machine=plan.machine,
+        allocation=plan.allocation,
+        stop_after_step=plan.stop_after_step,
+    )
+    run = fresh if old is None else replace(fresh, run_id=old.run_id, created=old.created)
+    if run == old:
+        return
+    if old is not None:
+        for line in config.differences(_plain(old), _plain(run)):
+            terminal.note(f"changed since the last start: {line}")
+    run_dir.write_run(directory, run)
+
+
+def _plain(run: Run) -> dict[str, Any]:
+    nouns = {"recipe": config.to_json(run.recipe), "machine": config.to_json(run.machine), "allocation": config.to_json(run.allocation)}
+    return {**vars(run), **nouns}
+
+
+def _write_job(directory: RunDir, job_id: str) -> None:
+    started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    durable.write_json(directory.job_json, {"scheduler": "local", "job_id": job_id, "host": os.uname().nodename, "started": started})
+
+
+@contextmanager
+def _locked(directory: RunDir) -> Iterator[int]:
+    """Hold the run directory; the descriptor goes to the job, so that the last of its processes gives it free."""
+    descriptor = os.open(directory.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SubmitError(f"{directory.path} is in use by a job that is running{_job_in(directory)}: wait for it or stop it") from None
+        except OSError as error:
+            terminal.warn(f"the file system of {directory.path} has no locks ({error.strerror}): make sure that no other job uses this run directory")
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _job_in(directory: RunDir) -> str:
+    try:
+        job = durable.read_json(directory.job_json)
+        return f" (process {job['job_id']} on {job['host']}, since {job['started']})"
+    except Exception:
+        return ""
+
+
+def _submit(directory: RunDir, lock: int) -> str:
+    done = subprocess.run(local.submit_argv(directory), pass_fds=(lock,), capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SubmitError(f"the job was not started: {done.stderr.strip() or f'exit code {done.returncode}'}")
+    return local.parse_job_id(done.stdout)
