@@ -19,7 +19,7 @@ from . import errors, terminal
 from .stage import run_stage
 
 _USAGE = "usage: python -m prottrans_hpc pretrain RUN_DIR"
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("prottrans_hpc")
 
 
 def main(arguments: list[str]) -> int:
@@ -41,12 +41,12 @@ def main(arguments: list[str]) -> int:
 
 def _tell(error: BaseException, code: int) -> None:
     message = terminal.printable(errors.explain(error), limit=2000)
-    if code == errors.BUG:
-        message += "\n" + traceback.format_exc()
-    if logging.getLogger().handlers:
-        _log.error("%s (exit code %d: %s)", message, code, errors.MEANING[code])
+    if _log.handlers:
+        _log.error("%s (exit code %d: %s)", message, code, errors.MEANING[code], exc_info=error if code == errors.BUG else None)
     else:
         print(f"error: {message}", file=sys.stderr, flush=True)
+        if code == errors.BUG:
+            traceback.print_exception(error)
 
 
 def _leave_at_once(code: int) -> NoReturn:

@@ -31,6 +31,8 @@ _KINDS = ("model", "optimizer")
 _log = logging.getLogger(__name__)
 
 Tensors = dict[str, torch.Tensor]
+Agree = Callable[[bool], bool]
+"""Whether a value is true on all ranks."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,7 @@ def write_model_checkpoint(path: Path, *, record: Architecture, shape: Any, weig
         durable.write_json(folder / STATE, state)
 
 
-def read_newest(run_dir: RunDir, steps: list[int], agree: Callable[[bool], bool]) -> Checkpoint | None:
+def read_newest(run_dir: RunDir, steps: list[int], agree: Agree) -> Checkpoint | None:
     """The newest of `steps` that every rank can read intact; None when there are no checkpoints at all.
 
     `agree` tells whether a value is true on all ranks, so that all take the same one. Damaged ones are warned of.

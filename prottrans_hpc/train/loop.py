@@ -1,0 +1,168 @@
+"""The training loop, in one place, in the order in which things happen."""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+import logging
+import resource
+import time
+from typing import Any
+
+import torch
+
+from ..errors import NumericsError, RequeueRequested
+from . import preemption, resume
+from .loader import LoadedStep, Loader
+from .session import Progress, Session
+from .step import StepResult, take_step
+from .timing import Clock
+from .validation import Validator, perplexity
+
+_log = logging.getLogger(__name__)
+
+
+class Ending(enum.Enum):
+    """Why a stretch of steps ended."""
+
+    DONE = enum.auto()
+    STOP_REQUESTED = enum.auto()
+    NOT_FINITE = enum.auto()
+
+
+def train(session: Session) -> None:
+    """Take the steps that are left. Raises RequeueRequested (a signal; the state is saved) or NumericsError."""
+    if _told_to_stop(session):
+        raise RequeueRequested(_stop_message(session))
+    validator = Validator(session)
+    validator.catch_up()
+    while True:
+        with session.open_loader() as loader:
+            ending = _take_steps(session, loader, validator)
+        if ending is not Ending.NOT_FINITE:
+            break
+        _go_back(session)
+    session.saver.drain()
+    if ending is Ending.STOP_REQUESTED:
+        raise RequeueRequested(_stop_message(session))
+
+
+def _take_steps(session: Session, loader: Loader, validator: Validator) -> Ending:
+    skipped_in_a_row, clock, last_step = 0, Clock(), session.run.last_step
+    for loaded in loader:
+        result = take_step(session, loaded)
+        clock.step_taken(data_wait_s=loader.wait_s)
+        session.progress = Progress(loaded.step + 1, loaded.position_after, session.progress.samples + len(loaded.samples))
+        skipped_in_a_row = 0 if result.is_finite else skipped_in_a_row + 1
+        step, ends, stops = session.progress.step, session.progress.step == last_step, result.status.stop > 0
+        if skipped_in_a_row >= session.run.recipe.non_finite_limit or (ends and skipped_in_a_row):
+            return Ending.NOT_FINITE
+        if validator.is_due(step) and (ends or not stops):
+            with clock.apart():
+                _tell_validation(validator.measure())
+        # While steps are being skipped the last state that is known to be good is on disk: leave it the newest one.
+        saves = (ends or stops or _save_is_due(session)) and not skipped_in_a_row
+        if saves:
+            clock.checkpoint_s = _stage(session)
+        _record(session, loaded, result, clock)
+        if saves:
+            session.saver.start()
+        if ends or stops:
+            return Ending.DONE if ends else Ending.STOP_REQUESTED
+    return Ending.DONE
+
+
+def _save_is_due(session: Session) -> bool:
+    every = session.run.recipe.checkpoint.every_steps
+    return session.progress.step // every > session.last_saved // every
+
+
+def _stage(session: Session) -> float:
+    """Copy the state aside; returns for how many seconds this held training up."""
+    began = time.perf_counter()
+    session.saver.stage(session.progress.step, resume.training_state(session), resume.tensors_of(session))
+    session.last_saved = session.progress.step
+    return time.perf_counter() - began
+
+
+def _told_to_stop(session: Session) -> bool:
+    flag = torch.tensor([float(preemption.requested())], dtype=torch.float64)
+    return session.comm.all_reduce_sum(flag).item() > 0
+
+
+def _go_back(session: Session) -> None:
+    """Take up the last good checkpoint, once for the same trouble. Raises NumericsError the second time."""
+    step = session.progress.step
+    session.saver.drain()
+    if session.failed_at is not None and session.last_saved <= session.failed_at:
+        raise NumericsError(
+            f"the loss or the gradients were not finite up to step {step}, and again after going back to step {session.last_saved}. "
+            "The last good checkpoint is kept, the log lists the samples; a lower learning rate, a longer warm-up or precision = 'fp32' may help"
+        )
+    session.failed_at = step
+    name = resume.restore(session)
+    _log.warning("non-finite numbers up to step %d: all ranks went back to %s and try once more", step, name or "the starting weights")
+    if session.records is not None:
+        session.records.event("went back", step=step, to=session.progress.step, cause="non-finite loss or gradients")
+
+
+def _stop_message(session: Session) -> str:
+    saved = f"the state of step {session.last_saved} is saved" if session.last_saved else "before the first step, with nothing to save"
+    done = f"after step {session.progress.step} of {session.run.last_step}"
+    return f"stopped by a signal ({preemption.cause()}) {done}; {saved}. Run the same command again to go on"
+
+
+def _record(session: Session, loaded: LoadedStep, result: StepResult, clock: Clock) -> None:
+    """Rank 0: the line of metrics.jsonl, and now and then one in the log."""
+    if session.records is None:
+        return
+    step_s = clock.lap()
+    record = metrics_of(session, loaded, result) | {
+        "residues_per_s": round(result.status.num_residues / step_s, 1),
+        "tokens_per_s": round(result.status.num_tokens / step_s, 1),
+        "mfu": result.status.flops / step_s / session.peak_flops if session.peak_flops else None,
+        "step_s": round(step_s, 6),
+        "data_wait_s": round(clock.data_wait_s, 6),
+        "checkpoint_s": round(clock.checkpoint_s, 6),
+        "memory_mib": _memory_mib(session.comm.device),
+    }
+    session.records.step(record)
+    if clock.line_is_due() or session.progress.step == session.run.last_step:
+        _tell_progress(session, record)
+
+
+def metrics_of(session: Session, loaded: LoadedStep, result: StepResult) -> dict[str, Any]:
+    """What a step's numbers are apart from timings: the same for every run of the same recipe, corpus and world size."""
+    status, is_finite = result.status, result.is_finite
+    return {
+        "step": session.progress.step,
+        "phase": loaded.phase,
+        "epoch": loaded.position_after.epoch,
+        "samples": session.progress.samples,
+        "order": hashlib.blake2b(loaded.sample_ids.tobytes(), digest_size=8).hexdigest(),
+        "loss": status.mean_loss if is_finite else None,
+        "perplexity": perplexity(status.mean_loss) if is_finite else None,
+        "accuracy": status.num_correct / max(status.num_targets, 1.0) if is_finite else None,
+        "lr": result.learning_rate,
+        "grad_norm": result.gradient_norm,
+        "num_sequences": len(loaded.samples),
+        "num_residues": int(status.num_residues),
+        "num_targets": int(status.num_targets),
+        "skipped": not is_finite,
+    }
+
+
+def _memory_mib(device: torch.device) -> float:
+    """Peak of this rank: of the GPU where there is one, else resident memory."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10, 1)
+
+
+def _tell_progress(session: Session, record: dict[str, Any]) -> None:
+    loss = "non-finite loss, skipped" if record["skipped"] else f"loss {record['loss']:.4f}, accuracy {record['accuracy']:.3f}"
+    _log.info("step %d of %d: %s, lr %.3g, %s residues/s", record["step"], session.run.last_step, loss, record["lr"], f"{record['residues_per_s']:,.0f}")
+
+
+def _tell_validation(record: dict[str, Any]) -> None:
+    _log.info("validation after step %d: loss %.4f, accuracy %.3f", record["step"], record["loss"], record["accuracy"])

@@ -1,0 +1,108 @@
+"""Going back to a checkpoint: whether it belongs to this run, and putting its state in place."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+
+from .. import config, recipe
+from ..comm import Comm
+from ..corpus.order import SamplePosition, position_from_json
+from ..errors import CheckpointError, IdentityError
+from . import checkpoint, environment
+from .checkpoint import Checkpoint
+from .session import Progress, Session
+
+_log = logging.getLogger(__name__)
+
+
+def identity(session: Session) -> dict[str, Any]:
+    """What must not change between the starts of a run."""
+    return {
+        "run_id": session.run.run_id,
+        "science": recipe.science(session.run.recipe),
+        "corpus_sha256": session.run.corpus_sha256,
+        "architecture": checkpoint.describe_architecture(session.record, session.shape),
+    }
+
+
+def training_state(session: Session) -> dict[str, Any]:
+    """The content of state.json, but for the files."""
+    progress = session.progress
+    return {
+        "format": checkpoint.FORMAT,
+        "run_id": session.run.run_id,
+        "step": progress.step,
+        "samples": progress.samples,
+        "position": progress.position.to_json(),
+        "random_numbers": "none to save: all are functions of the seed, the step, the rank and the sample",
+        "time": environment.now(),
+        "world_size": session.comm.world_size,
+        "versions": environment.versions(),
+        "identity": identity(session),
+    }
+
+
+def tensors_of(session: Session) -> dict[str, dict[str, torch.Tensor]]:
+    """Everything with many numbers: one copy of the model and of the optimizer's state."""
+    return {"model": dict(session.module.state_dict()), "optimizer": dict(session.optimizer.state_dict())}
+
+
+def restore(session: Session) -> str | None:
+    """Take up the newest intact checkpoint, or the starting weights when there is none. Collective.
+
+    Returns the checkpoint's name. Raises CheckpointError (none is intact) or IdentityError (it is not of this run).
+    """
+    steps = session.comm.broadcast_object(session.run_dir.checkpoint_steps()[::-1])
+    found = checkpoint.read_newest(session.run_dir, steps, agreement(session.comm))
+    if found is None:
+        _begin(session)
+    else:
+        check_identity(found, identity(session))
+        _apply(session, found)
+    session.last_saved = session.progress.step
+    if session.records is not None:
+        session.records.begin_at(session.progress.step)
+    return found.path.name if found else None
+
+
+def agreement(comm: Comm) -> checkpoint.Agree:
+    """A function that tells whether a value is true on all ranks."""
+
+    def all_true(value: bool) -> bool:
+        return not comm.all_reduce_sum(torch.tensor([0.0 if value else 1.0], dtype=torch.float64)).item()
+
+    return all_true
+
+
+def check_identity(found: Checkpoint, expected: dict[str, Any]) -> None:
+    """Raise IdentityError listing every field in which a checkpoint is not of this run; log other versions."""
+    differences = config.differences(found.state["identity"], expected)
+    if differences:
+        listed = "; ".join(differences)
+        raise IdentityError(
+            f"the checkpoint {found.path} is not of this run; these differ (checkpoint -> now): {listed}. Put them back, or train in a new --run-dir"
+        )
+    for line in config.differences(found.state.get("versions", {}), environment.versions()):
+        _log.warning("another version than the checkpoint was written with, so the last bits may differ: %s", line)
+
+
+@torch.no_grad()
+def _apply(session: Session, found: Checkpoint) -> None:
+    try:
+        session.module.load_state_dict(found.model, strict=True)
+    except RuntimeError as error:
+        raise CheckpointError(f"the weights in {found.path} do not fit the model: {error}") from error
+    session.optimizer.load_state_dict(found.optimizer)
+    session.progress = Progress(found.step, position_from_json(found.state["position"]), int(found.state["samples"]))
+
+
+@torch.no_grad()
+def _begin(session: Session) -> None:
+    """The state before the first step; the starting weights are there already unless non-finite numbers led back here."""
+    if session.progress.step:
+        session.module.initialise(session.run.recipe.seed)  # type: ignore[operator]
+        session.optimizer.load_state_dict({name: torch.zeros_like(tensor) for name, tensor in session.optimizer.state_dict().items()})
+    session.progress = Progress(0, SamplePosition(), 0)

@@ -1,0 +1,124 @@
+"""What one rank holds while it trains, built once at the start: corpus, model, optimizer, saver, and how far it is."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from .. import architecture
+from ..architecture import Architecture
+from ..comm import Comm, ParallelModel
+from ..corpus.index import read_index
+from ..corpus.order import SamplePosition
+from ..corpus.reader import Corpus
+from ..errors import IdentityError
+from ..run_dir import Run, RunDir
+from ..stage import find
+from . import precision
+from .loader import Loader
+from .optim import Optimizer, build_optimizer
+from .records import Records
+from .saving import Saver
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class Progress:
+    """How far the run is; together with the tensors, all that a checkpoint has to hold."""
+
+    step: int = 0
+    """Optimizer steps taken, those skipped for non-finite numbers included."""
+    position: SamplePosition = field(default_factory=SamplePosition)
+    samples: int = 0
+    """Samples consumed in all."""
+
+
+@dataclass
+class Session:
+    """One rank's part of a start."""
+
+    run: Run
+    run_dir: RunDir
+    comm: Comm
+    record: Architecture
+    shape: Any
+    module: nn.Module
+    model: ParallelModel
+    optimizer: Optimizer
+    forward: precision.Context
+    corpus: Corpus
+    validation: Corpus | None
+    """The held-out split; None when the recipe measures no validation loss or the corpus has none."""
+    saver: Saver
+    records: Records | None
+    """On rank 0 only."""
+    peak_flops: float | None
+    """Of all ranks' GPUs together in this precision, per second; None when the machine profile does not say."""
+    progress: Progress = field(default_factory=Progress)
+    last_saved: int = 0
+    """Newest step in a checkpoint, or on its way into one."""
+    failed_at: int | None = None
+    """The step at which non-finite numbers last made the run go back to a checkpoint."""
+
+    def open_loader(self) -> Loader:
+        """The steps from here on."""
+        return Loader(
+            self.corpus,
+            self.run.recipe,
+            self.record.vocabulary,
+            rank=self.comm.rank,
+            world_size=self.comm.world_size,
+            position=self.progress.position,
+            step=self.progress.step,
+            pin_memory=self.comm.device.type == "cuda",
+        )
+
+
+def open_session(run: Run, run_dir: RunDir, comm: Comm, *, start_id: str, records: Records | None) -> Session:
+    """Build everything, with starting weights. Collective. Raises IdentityError when the corpus is not that of run.json."""
+    index = read_index(run.corpus)
+    if index.sha256 != run.corpus_sha256:
+        raise IdentityError(f"the corpus {run.corpus} has changed since the run was made: its index had SHA-256 {run.corpus_sha256}, it now has {index.sha256}")
+    recipe = run.recipe
+    record = architecture.get(recipe.architecture.name)
+    shape = record.size(recipe.architecture.size).shape
+    module = find(record.build)(shape)
+    module.initialise(recipe.seed)
+    module = module.to(comm.device).train()
+    model = comm.parallel(module, recipe.parallel.bucket_mib)
+    return Session(
+        run=run,
+        run_dir=run_dir,
+        comm=comm,
+        record=record,
+        shape=shape,
+        module=module,
+        model=model,
+        optimizer=build_optimizer(module.named_parameters(), recipe.optimizer),
+        forward=precision.forward_context(recipe.precision, comm.device),
+        corpus=Corpus(index, "train"),
+        validation=_held_out(run, Corpus(index, "validation")) if "validation" in index.splits else None,
+        saver=Saver(run_dir, comm, recipe.checkpoint, start_id=start_id),
+        records=records,
+        peak_flops=_peak_flops(run, comm),
+    )
+
+
+def _held_out(run: Run, corpus: Corpus) -> Corpus | None:
+    if not run.recipe.validation.every_steps:
+        return None
+    if not corpus.num_sequences:
+        _log.info("no validation loss is measured: the corpus has no validation split (preprocess --validation makes one)")
+        return None
+    return corpus
+
+
+def _peak_flops(run: Run, comm: Comm) -> float | None:
+    gpu = run.machine.node.gpu
+    if gpu is None or comm.device.type != "cuda" or run.recipe.precision not in gpu.peak_tflops:
+        return None
+    return gpu.peak_tflops[run.recipe.precision] * 1e12 * comm.world_size * max(1, run.allocation.gpus_per_rank)
