@@ -1,0 +1,156 @@
+"""The stage `embed`: proteins in, one HDF5 file out, resumable. What happens, in the order it happens."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .. import __version__, durable, terminal
+from ..errors import DataError
+from ..stage import Request
+from . import h5file, model
+from .compute import Totals, compute_parts
+from .extract import Extractor
+from .options import STORED, Options, parse_request
+from .parts import check_identity, open_folder
+from .proteins import Census, read_windows, take_census
+from .records import open_input
+from .stopping import StopRequest, listening
+
+FORMAT = 1
+"""Of the identity: raised when the same request would give other numbers than before."""
+
+
+def embed(request: Request) -> None:
+    """Embed the proteins of FASTA files. Prints a summary object when `json` is asked for."""
+    options = parse_request(request)
+    started = time.monotonic()
+    with listening() as stop:
+        summary = _embed(options, stop)
+    summary["seconds"] = round(time.monotonic() - started, 3)
+    if options.json:
+        print(json.dumps(summary, indent=1))
+
+
+def _embed(options: Options, stop: StopRequest) -> dict[str, Any]:
+    device = model.choose_device(options.device)
+    source = model.find_source(options.source)
+    loaded = model.load(source, device=device, precision=options.precision)
+    read = open_input(options, loaded.max_residues)
+    census = take_census(read)
+    stop.check("nothing was computed yet")
+    if not census.num_proteins:
+        raise DataError(f"there is no protein in {', '.join(map(str, options.fasta))}")
+    identity = _identity(options, source, loaded, census)
+    if options.out.exists():
+        return _finished_before(options, identity)
+    extractor = Extractor(loaded, options.precision, options.per_residue, options.mean)
+    _warn_of_space(options, census, loaded.width)
+    with open_folder(options.parts, identity) as folder:
+        totals = compute_parts(read_windows(read, census), extractor, folder, total=census.num_proteins, bin_residues=options.bin_residues, stop=stop)
+        if not totals.num_embedded:
+            durable.remove_folder(options.parts)
+            raise DataError(f"none of the {totals.num_failed:,} proteins could be embedded, so there is no file. {_failures(totals)}")
+        attributes = _attributes(options, census, totals, identity) | model.describe(source, loaded)
+        h5file.assemble(read_windows(read, census), folder, totals, options, width=loaded.width, attributes=attributes, stop=stop)
+        durable.remove_folder(options.parts)
+    return _report(options, totals, h5file.read_attributes(options.out))
+
+
+def _identity(options: Options, source: model.Source, loaded: model.Model, census: Census) -> dict[str, Any]:
+    """Everything that the numbers in the file depend on."""
+    return {
+        "format": FORMAT,
+        "input": {"proteins": census.num_proteins, "sha256": census.sha256},
+        "checkpoint": {"run_id": source.run_id, "step": source.step, "manifest_sha256": source.manifest_sha256},
+        "options": options.as_identity() | {"device": loaded.device.type},
+    }
+
+
+def _attributes(options: Options, census: Census, totals: Totals, identity: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "tool": "prottrans-hpc",
+        "tool_version": __version__,
+        "identity": json.dumps(identity),
+        "input_sha256": census.sha256,
+        "num_proteins": census.num_proteins,
+        "num_embedded": totals.num_embedded,
+        "num_failed": totals.num_failed,
+        "num_residues": totals.num_residues,
+        "precision": options.precision,
+        "dtype": STORED[options.precision],
+        "pool": "mean" if options.mean else "none",
+        "special_tokens": "left out of residues and mean",
+        "rules": json.dumps({"invalid": options.invalid, "rare": "B O U Z -> X", "removed": "* - ."}),
+    }
+
+
+def _finished_before(options: Options, identity: dict[str, Any]) -> dict[str, Any]:
+    """The output is there: right if it is whole and of the same identity. Raises IdentityError or DataError."""
+    attributes = h5file.read_attributes(options.out)
+    check_identity(attributes["identity"], identity, what=str(options.out), remedy=f"move {options.out} away")
+    faults = h5file.problems(options.out)
+    if faults:
+        raise DataError(f"{'; '.join(faults)}. Delete the file; the same command makes it again")
+    if (options.parts / "identity.json").exists():
+        with open_folder(options.parts, identity):
+            durable.remove_folder(options.parts)  # a kill came between naming the file and removing its parts
+    terminal.note(f"{options.out} is complete already: nothing to do")
+    return _summary(options, attributes) | {"resumed_batches": 0, "complete_before": True}
+
+
+def _report(options: Options, totals: Totals, attributes: dict[str, Any]) -> dict[str, Any]:
+    if totals.num_resumed:
+        terminal.note(f"{totals.num_resumed:,} batches were taken from an earlier run")
+    if totals.num_failed:
+        terminal.warn(_failures(totals))
+    width = attributes["width"]
+    terminal.note(
+        f"{options.out}: {totals.num_embedded:,} of {attributes['num_proteins']:,} proteins embedded, {totals.num_failed:,} failed, {width} numbers each"
+    )
+    return _summary(options, attributes) | {"resumed_batches": totals.num_resumed, "complete_before": False}
+
+
+def _failures(totals: Totals) -> str:
+    listed = "; ".join(totals.examples)
+    more = totals.num_failed - len(totals.examples)
+    rest = f"; and {more:,} more, all listed in the file's failed_names and failed_reasons" if more else ""
+    return f"{totals.num_failed:,} protein{'s' if totals.num_failed > 1 else ''} could not be embedded: {listed}{rest}"
+
+
+def _summary(options: Options, attributes: dict[str, Any]) -> dict[str, Any]:
+    wanted = (
+        "architecture",
+        "size",
+        "checkpoint",
+        "run_id",
+        "step",
+        "precision",
+        "dtype",
+        "width",
+        "num_proteins",
+        "num_embedded",
+        "num_failed",
+        "num_residues",
+    )
+    return {"out": str(options.out), "bytes": options.out.stat().st_size} | {name: attributes[name] for name in wanted}
+
+
+def _warn_of_space(options: Options, census: Census, width: int) -> None:
+    """Parts and file are there at the same time, so the space is needed twice."""
+    rows = census.num_sound * options.mean + census.num_residues * options.per_residue
+    needed = 2 * rows * width * np.dtype(STORED[options.precision]).itemsize
+    place = _existing(options.out)
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        terminal.warn(f"about {needed / 2**30:.1f} GiB will be written in {place}, but only {free / 2**30:.1f} GiB are free there")
+
+
+def _existing(path: Path) -> Path:
+    """The nearest folder above `path` that exists."""
+    return next(place for place in path.absolute().parents if place.exists())
