@@ -10,6 +10,8 @@ Shapes: T tokens, M targets, W width of the hidden states, H heads, D width of a
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -97,19 +99,25 @@ class ProtBert(nn.Module):
         return LossSum(loss=loss, num_correct=(logits_MV.argmax(dim=-1) == batch.targets).sum())
 
     def hidden(self, batch: Batch) -> Tensor:
-        """The last hidden states, [T, W]."""
-        return self.hidden_states(batch)[-1]
+        """The last hidden states, [T, W]. Raises ConfigError for a sequence longer than the position table."""
+        for hidden_TW in self._states(batch):
+            last_TW = hidden_TW
+        return last_TW
 
     def hidden_states(self, batch: Batch) -> list[Tensor]:
-        """The embeddings and the output of each layer, [T, W] each. Raises ConfigError for a sequence without positions."""
+        """The embeddings and the output of each layer, [T, W] each. Raises as `hidden` does."""
+        return list(self._states(batch))
+
+    def _states(self, batch: Batch) -> Iterator[Tensor]:
         if batch.max_length > self.shape.max_positions:
             raise ConfigError(f"a sequence has {batch.max_length} tokens, special ones included; this model has {self.shape.max_positions} positions")
-        states: list[Tensor] = [self.embeddings(batch.tokens, batch.positions)]
-        dtype = _compute_dtype(states[0])
+        hidden_TW: Tensor = self.embeddings(batch.tokens, batch.positions)
+        yield hidden_TW
+        dtype = _compute_dtype(hidden_TW)
         attend = attention.prepare(batch.cu_seqlens, batch.max_length, dtype=dtype, backend=self.backend)
         for layer in self.layers:
-            states.append(layer(states[-1], attend, dtype))
-        return states
+            hidden_TW = layer(hidden_TW, attend, dtype)
+            yield hidden_TW
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores over the vocabulary, [N, V], for hidden states [N, W]."""
