@@ -18,15 +18,18 @@ from typing import NoReturn
 from . import errors, terminal
 from .stage import run_stage
 
-_USAGE = "usage: python -m prottrans_hpc pretrain RUN_DIR"
+_USAGE = "usage: python -m prottrans_hpc pretrain RUN_DIR [--quiet | --verbose]"
+_VERBOSITY = {"--quiet": terminal.QUIET, "--verbose": terminal.VERBOSE}
 _log = logging.getLogger("prottrans_hpc")
 
 
 def main(arguments: list[str]) -> int:
     """Run the stage and return the exit code; every error is told once, to the log when there is one."""
-    if len(arguments) != 2 or arguments[0] != "pretrain":
+    if not 2 <= len(arguments) <= 3 or arguments[0] != "pretrain" or arguments[2:] not in ([], *([flag] for flag in _VERBOSITY)):
         print(_USAGE, file=sys.stderr)
         return errors.USAGE
+    for flag in arguments[2:]:
+        terminal.set_verbosity(_VERBOSITY[flag])
     try:
         run_stage(arguments[0], {"run_dir": arguments[1]})
     except errors.RequeueRequested as error:

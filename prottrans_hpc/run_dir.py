@@ -66,7 +66,7 @@ class RunDir:
     @property
     def lock(self) -> Path:
         """Locked by the job that uses this directory, for as long as one of its processes lives."""
-        return self.path / "lock"
+        return self.path / "job.lock"
 
     @property
     def metrics(self) -> Path:

@@ -28,6 +28,9 @@ from .checks import CorpusFacts
 from .job_script import Job, render
 
 
+_FLAGS: dict[int, tuple[str, ...]] = {terminal.QUIET: ("--quiet",), terminal.NORMAL: (), terminal.VERBOSE: ("--verbose",)}
+
+
 @dataclass(frozen=True)
 class Plan:
     """Everything about a pre-training job that was decided before anything is touched."""
@@ -44,7 +47,7 @@ class Plan:
     @property
     def job(self) -> Job:
         """The job that carries the plan out."""
-        return Job("pretrain", self.run_dir.path.name, self.run_dir, self.machine, self.allocation, sys.executable)
+        return Job("pretrain", self.run_dir.path.name, self.run_dir, self.machine, self.allocation, sys.executable, _FLAGS[terminal.verbosity()])
 
     @property
     def script(self) -> bytes:
@@ -97,7 +100,7 @@ def describe(plan: Plan, run: Run | None) -> str:
 
 def carry_out(plan: Plan, *, detach: bool) -> int:
     """Write the run directory and start the job; the exit code of a job in the foreground, 0 of one in the background."""
-    directory = run_dir.prepare(plan.run_dir.path)
+    directory = _prepare(plan.run_dir.path)
     with _locked(directory) as lock:
         run = existing_run(plan)
         _write_run(plan, directory, run)
@@ -112,10 +115,17 @@ def carry_out(plan: Plan, *, detach: bool) -> int:
         return 0
 
 
+def _prepare(folder: Path) -> RunDir:
+    try:
+        return run_dir.prepare(folder)
+    except (FileNotFoundError, NotADirectoryError, FileExistsError) as error:
+        raise ConfigError(f"the run directory {folder} cannot be made: {error.strerror}. Choose another --run-dir") from error
+
+
 def _check_free(folder: Path) -> None:
     ours = {"logs", "checkpoints", RunDir(folder).lock.name}
     if folder.is_dir():
-        strangers = sorted(path.name for path in folder.iterdir() if path.name not in ours and not durable.is_temporary(path))
+        strangers = sorted(path.name for path in folder.iterdir() if path.name not in ours and not path.name.startswith("."))
         if strangers:
             raise ConfigError(f"{folder} is not empty and is no run directory (it holds {', '.join(strangers[:3])}): choose another --run-dir")
     elif folder.exists():

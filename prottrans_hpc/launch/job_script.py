@@ -33,6 +33,8 @@ class Job:
     allocation: Allocation
     python: str
     """The interpreter of the ranks, an absolute path."""
+    flags: tuple[str, ...] = ()
+    """For the ranks: ("--quiet",), ("--verbose",) or nothing."""
 
     def __post_init__(self) -> None:
         config.check_name(self.name, what="the job name")
@@ -43,7 +45,7 @@ class Job:
     @property
     def command(self) -> list[str]:
         """What every rank runs. -P: a torch.py in the current folder is not torch."""
-        return [self.python, "-P", "-m", "prottrans_hpc", self.stage, str(self.run_dir.path)]
+        return [self.python, "-P", "-m", "prottrans_hpc", self.stage, str(self.run_dir.path), *self.flags]
 
     def module(self, name: str) -> list[str]:
         """The call of a module of the launch side."""

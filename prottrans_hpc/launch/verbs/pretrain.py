@@ -98,9 +98,8 @@ def _conclude(plan: Plan, code: int) -> None:
     if code == errors.DONE:
         terminal.note(f"done: embed with `prottrans embed {path} PROTEINS.fasta --out FILE.h5`, export with `prottrans export {path} --to hf DIR`")
     elif code == errors.REQUEUE:
-        steps = plan.run_dir.checkpoint_steps()
-        at = f"with the checkpoint of step {steps[-1]}" if steps else "before the first checkpoint"
-        terminal.note(f"stopped {at}: the same command goes on from there (exit code {code})")
+        if not plan.run_dir.checkpoint_steps():  # else rank 0 has told where the run goes on
+            terminal.note(f"stopped before the first checkpoint: the same command starts again (exit code {code})")
     else:
         meaning = errors.MEANING.get(code, f"killed by signal {code - 128}" if code > 128 else "see the log")
         terminal.warn(f"the job ended with exit code {code}: {meaning}. Logs: {plan.run_dir.node_log(0).parent}")

@@ -1,0 +1,160 @@
+"""A job whose ranks are small Python programs instead of training: everything around them is real and quick."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+# What a rank does: says who it is, then what RUN_DIR/behaviour.json tells it; without an order it waits for a signal and "saves".
+RANK_PROGRAM = """
+import json, os, signal, sys, time
+run_dir = sys.argv[5]
+got = []
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+    signal.signal(number, lambda number, frame: got.append(signal.Signals(number).name))
+signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2))
+rank = next(os.environ[name] for name in ("PROTTRANS_RANK", "OMPI_COMM_WORLD_RANK", "RANK", "PWD") if name in os.environ)
+rank = rank if rank.isdigit() else "0"
+try:
+    order = json.load(open(os.path.join(run_dir, "..", "behaviour.json"))).get(rank, {})
+except FileNotFoundError:
+    order = {}
+told = {"pid": os.getpid(), "ppid": os.getppid(), "environment": dict(os.environ), "argv": sys.argv}
+path = os.path.join(run_dir, "..", "rank-" + rank + ".json")
+with open(path + ".new", "w") as file:
+    json.dump(told, file)
+os.rename(path + ".new", path)
+print("progress of rank " + rank, file=sys.stderr, flush=True)
+if "kill" in order:
+    os.kill(os.getpid(), order["kill"])
+if "code" in order:
+    sys.exit(order["code"])
+while not got:
+    time.sleep(0.01)
+if order.get("deaf"):
+    time.sleep(600)
+time.sleep(0.1)
+with open(path + ".got", "w") as file:
+    file.write(" ".join(got))
+sys.exit(75)
+"""
+
+FAKE_PYTHON = """#!/bin/bash
+# Ranks run the small program; everything else is the real interpreter.
+if [ "${3-}" = prottrans_hpc ]; then exec PYTHON PROGRAM "$@"; fi
+exec PYTHON "$@"
+"""
+
+DRIVER = "import sys; sys.executable = sys.argv.pop(1); from prottrans_hpc.launch.cli import main; sys.exit(main(sys.argv[1:]))"
+
+
+@dataclass(frozen=True)
+class Job:
+    """`prottrans pretrain` with small ranks, in a folder of its own."""
+
+    folder: Path
+    python: Path
+
+    @property
+    def run_dir(self) -> Path:
+        return self.folder / "run"
+
+    @property
+    def corpus(self) -> Path:
+        return self.folder / "corpus"
+
+    def behave(self, orders: Mapping[int, Mapping[str, int]]) -> None:
+        """What ranks do: {"code": N} ends with N, {"kill": N} dies of signal N, {"deaf": 1} ignores requests to stop."""
+        (self.folder / "behaviour.json").write_text(json.dumps({str(rank): order for rank, order in orders.items()}))
+
+    def argv(self, *arguments: str) -> list[str]:
+        defaults = ["pretrain", "tiny_prot_bert", "--corpus", str(self.corpus), "--run-dir", str(self.run_dir)]
+        return [sys.executable, "-c", DRIVER, str(self.python), *defaults, *arguments]
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        """Start it as the leader of its own process group."""
+        return subprocess.Popen(self.argv(*arguments), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, process_group=0)
+
+    def rank(self, rank: int) -> dict[str, Any]:
+        """What a rank said about itself, once it has."""
+        path = self.folder / f"rank-{rank}.json"
+        wait_until(path.is_file)
+        told: dict[str, Any] = json.loads(path.read_text())
+        return told
+
+    def pid(self, rank: int) -> int:
+        return int(self.rank(rank)["pid"])
+
+    def got(self, rank: int) -> list[str]:
+        """The signals that a rank took before it ended."""
+        return (self.folder / f"rank-{rank}.json.got").read_text().split()
+
+    @staticmethod
+    def wait_until(condition: Callable[[], bool], timeout_s: float = 60) -> None:
+        wait_until(condition, timeout_s)
+
+    @staticmethod
+    def wait_gone(pids: Iterable[int]) -> None:
+        wait_until(lambda: not any(is_alive(pid) for pid in pids), 20)
+
+    def forget_ranks(self) -> None:
+        for path in self.folder.glob("rank-*"):
+            path.unlink()
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": str(REPOSITORY)}
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float = 60) -> None:
+    """Wait for something that happens in another process; fails when it does not."""
+    end = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > end:
+            pytest.fail(f"waited {timeout_s} s in vain")
+        time.sleep(0.01)
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process runs; one that has ended and was not waited for does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def write_index(corpus: Path, *, train: int = 500, validation: int = 5) -> Path:
+    """The index of a corpus without shards: as much as the launch side looks at."""
+    corpus.mkdir(parents=True, exist_ok=True)
+    splits = {
+        name: {"sequences": number, "residues": 100 * number, "bytes": 0, "shards": []} for name, number in (("train", train), ("validation", validation))
+    }
+    (corpus / "index.json").write_text(json.dumps({"format": 1, "splits": splits}))
+    return corpus
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Iterator[Job]:
+    program, python = tmp_path / "rank.py", tmp_path / "fake python"
+    program.write_text(RANK_PROGRAM)
+    python.write_text(FAKE_PYTHON.replace("PYTHON", sys.executable).replace("PROGRAM", str(program)))
+    python.chmod(0o755)
+    job = Job(tmp_path, python)
+    write_index(job.corpus)
+    yield job
+    for path in tmp_path.glob("rank-*.json"):
+        pid = json.loads(path.read_text())["pid"]
+        if is_alive(pid):
+            os.kill(pid, 9)
+            pytest.fail(f"process {pid} was left behind")
