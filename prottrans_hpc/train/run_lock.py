@@ -15,7 +15,7 @@ from ..errors import ResourceError
 from ..rank import RankContext
 from ..run_dir import RunDir
 
-NAME = ".lock"
+NAME = ".training.lock"
 _WAIT_S = 20.0
 """A start that was just killed may take a moment to be gone."""
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
