@@ -117,7 +117,7 @@ class Architecture:
     weights: they are undefined before it or `load_state_dict`. Weights that the objective cannot train are parameters
     with requires_grad False: saved and exported, never updated or reduced."""
     huggingface: str
-    """ "module:attribute" of the `HuggingFaceLayout` for export and import."""
+    """ "module:attribute" of the `HuggingFaceLayout` for export and import; "" where there is none."""
     num_parameters: Callable[[Any], int]
     """`(shape)` -> parameters, those that the objective does not train included."""
     flops: Callable[[Any, Sequence[int]], float]

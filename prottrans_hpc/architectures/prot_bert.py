@@ -19,7 +19,7 @@ MASKED_FRACTION = 0.15
 
 @dataclass(frozen=True, config=STRICT)
 class BertShape:
-    """The hyper-parameters of a BERT encoder with its heads (Devlin et al. 2019)."""
+    """The hyper-parameters of a BERT encoder with its heads (Devlin et al. 2019); without dropout, as published."""
 
     num_layers: int
     hidden_size: int
@@ -31,11 +31,12 @@ class BertShape:
     vocabulary_size: int = 30
     num_token_types: int = 2
     """Rows of the segment table; only row 0 is used, both are kept for the published weights."""
-    dropout: float = 0.0
-    """Of hidden states and attention weights; the published models were trained with 0."""
     layer_norm_epsilon: float = 1e-12
     initializer_range: float = 0.02
     """Standard deviation of the starting weights."""
+    has_pooler: bool = True
+    has_next_sentence: bool = True
+    """Heads of the published weights that masked training leaves alone; an imported model may lack them."""
 
     def __post_init__(self) -> None:
         counts = (self.num_layers, self.hidden_size, self.intermediate_size, self.num_heads, self.max_positions, self.vocabulary_size, self.num_token_types)
@@ -43,8 +44,6 @@ class BertShape:
             raise ValueError("layers, sizes, heads, positions, vocabulary and token types must be at least 1")
         if self.hidden_size % self.num_heads:
             raise ValueError(f"hidden_size {self.hidden_size} must be a multiple of num_heads {self.num_heads}")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout must be at least 0 and below 1, not {self.dropout}")
 
     @property
     def head_size(self) -> int:
@@ -53,13 +52,13 @@ class BertShape:
 
 
 def num_parameters(shape: BertShape) -> int:
-    """Parameters of BERT with pooler, prediction head and next-sentence head; the word table serves as decoder too."""
+    """Parameters of the encoder and its heads; the word table serves as decoder too and is counted once."""
     width, inner = shape.hidden_size, shape.intermediate_size
     norm = 2 * width
     dense = width * width + width
     embeddings = (shape.vocabulary_size + shape.max_positions + shape.num_token_types) * width + norm
     layer = 4 * dense + norm + (width * inner + inner) + (inner * width + width) + norm
-    heads = dense + (dense + norm + shape.vocabulary_size) + (2 * width + 2)
+    heads = (dense + norm + shape.vocabulary_size) + shape.has_pooler * dense + shape.has_next_sentence * (2 * width + 2)
     return embeddings + shape.num_layers * layer + heads
 
 
@@ -158,7 +157,7 @@ ARCHITECTURE = Architecture(
     ),
     objectives=("masked",),
     build="prottrans_hpc.models.prot_bert:build",
-    huggingface="prottrans_hpc.models.huggingface:PROT_BERT",
+    huggingface="prottrans_hpc.models.huggingface_bert:LAYOUT",
     num_parameters=num_parameters,
     flops=flops,
     activation_bytes=activation_bytes,

@@ -89,8 +89,10 @@ class ProtBert(nn.Module):
         self.embeddings = Embeddings(shape)
         self.layers = nn.ModuleList(Layer(shape) for _ in range(shape.num_layers))
         self.head = MaskedHead(shape)
-        self.pooler = nn.Linear(shape.hidden_size, shape.hidden_size).requires_grad_(False)
-        self.next_sentence = nn.Linear(shape.hidden_size, 2).requires_grad_(False)
+        if shape.has_pooler:
+            self.pooler = nn.Linear(shape.hidden_size, shape.hidden_size).requires_grad_(False)
+        if shape.has_next_sentence:
+            self.next_sentence = nn.Linear(shape.hidden_size, 2).requires_grad_(False)
 
     def forward(self, batch: Batch) -> LossSum:
         """Summed negative log likelihood of the targets, nats; 0 and connected to every trained parameter without any."""

@@ -1,0 +1,153 @@
+"""HuggingFace model folders, in and out, for any architecture: what is the same for all of them.
+
+What differs (configuration keys, tensor names, tokenizer files) is an architecture's `HuggingFaceLayout`.
+Nothing here needs the transformers library.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from .. import durable
+from ..architecture import Architecture, Vocabulary
+from ..errors import CheckpointError, ConfigError, DataError
+from ..stage import find
+from . import weight_files
+from .weight_files import Tensors, listed
+
+CONFIG = "config.json"
+
+
+@dataclass(frozen=True)
+class HuggingFaceLayout:
+    """How one family of models lies in a HuggingFace folder."""
+
+    model_type: str
+    """The `model_type` of config.json."""
+    classes: tuple[str, ...]
+    """What `architectures` in config.json may name; the published folders have no model_type."""
+    write_config: Callable[[Any], dict[str, Any]]
+    """`(shape)` -> config.json."""
+    read_config: Callable[[Mapping[str, Any], frozenset[str]], tuple[Any, list[str]]]
+    """`(config.json, names of the tensors)` -> the shape, or None, and what this project cannot represent, a line each."""
+    names: Callable[[Any], dict[str, str]]
+    """`(shape)` -> the name in the folder of each tensor of our state dict."""
+    aliases: Mapping[str, str]
+    """Second names of shared tensors: alias -> name. Never written; where one is read, it must be equal."""
+    ignored: frozenset[str]
+    """Tensors without information, to be skipped."""
+    tokenizer_files: Callable[[Vocabulary], dict[str, bytes]]
+    """`(vocabulary)` -> the tokenizer's files."""
+    tokenizer_problems: Callable[[Path, Vocabulary], list[str]]
+    """`(folder, vocabulary)` -> how the folder's vocabulary differs, a line each."""
+    usage: str
+    """Python that opens an exported folder `DIR`, for the model card."""
+
+
+@dataclass(frozen=True)
+class Imported:
+    """A HuggingFace folder, read and checked."""
+
+    record: Architecture
+    shape: Any
+    weights: Tensors
+    """fp32, by our names."""
+    notes: tuple[str, ...]
+    """What was changed on the way, a line each."""
+
+
+def layout_of(record: Architecture) -> HuggingFaceLayout:
+    """The layout of an architecture. Raises ConfigError when it has none."""
+    layout = find(record.huggingface) if record.huggingface else None
+    if not isinstance(layout, HuggingFaceLayout):
+        raise ConfigError(f"the architecture {record.name} has no HuggingFace layout")
+    return layout
+
+
+def write_folder(out: Path, *, record: Architecture, shape: Any, weights: Tensors, card: str) -> None:
+    """Write a folder that AutoModel and AutoTokenizer open; durable, with a manifest. Raises ConfigError when `out` exists."""
+    if out.exists():
+        raise ConfigError(f"{out} exists already; choose a new folder, or remove it first")
+    layout = layout_of(record)
+    names = layout.names(shape)
+    with durable.new_folder(out) as folder:
+        durable.write_json(folder / CONFIG, layout.write_config(shape))
+        for name, content in layout.tokenizer_files(record.vocabulary).items():
+            (folder / name).write_bytes(content)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        tensors = {theirs: weights[ours].detach().contiguous() for ours, theirs in names.items()}
+        save_file(tensors, folder / weight_files.SAFETENSORS, metadata={"format": "pt"})
+
+
+def read_folder(folder: Path, records: list[Architecture]) -> Imported:
+    """Read a model folder as whichever of `records` it belongs to.
+
+    Raises CheckpointError when it is no model folder, ConfigError when its configuration or vocabulary is foreign
+    (naming every difference), DataError when a file is damaged.
+    """
+    config = _read_config(folder)
+    record, layout = _choose(config, records, source=folder / CONFIG)
+    problems = layout.tokenizer_problems(folder, record.vocabulary)
+    theirs = weight_files.read_weights(folder)
+    shape, differences = layout.read_config(config, frozenset(theirs))
+    if shape is None or differences or problems:
+        lines = [f"{CONFIG}: {line}" for line in differences] + problems
+        raise ConfigError(f"{folder} cannot be read as {record.name}: {'; '.join(lines)}")
+    weights, notes = _translate(theirs, layout, shape, record, source=folder)
+    return Imported(record, shape, weights, tuple(notes))
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG
+    if not path.is_file():
+        raise CheckpointError(f"{folder} is not a HuggingFace model folder: it has no {CONFIG}")
+    values = durable.read_json(path)
+    if not isinstance(values, dict):
+        raise DataError(f"{path} is damaged: it holds a {type(values).__name__}, not a table of settings")
+    return values
+
+
+def _choose(config: Mapping[str, Any], records: list[Architecture], *, source: Path) -> tuple[Architecture, HuggingFaceLayout]:
+    named = config.get("architectures")
+    classes = set(named) if isinstance(named, list) else set()
+    layouts = [(record, layout_of(record)) for record in records if record.huggingface]
+    for record, layout in layouts:
+        if config.get("model_type") == layout.model_type or ("model_type" not in config and classes & set(layout.classes)):
+            return record, layout
+    known = "; ".join(f"{record.name}: model_type {layout.model_type!r} or architectures {' / '.join(layout.classes)}" for record, layout in layouts)
+    raise ConfigError(f"{source} has model_type {config.get('model_type')!r} and architectures {named!r}; what can be imported is {known}")
+
+
+def _translate(theirs: Tensors, layout: HuggingFaceLayout, shape: Any, record: Architecture, *, source: Path) -> tuple[Tensors, list[str]]:
+    theirs = _without_aliases(theirs, layout, source=source)
+    names = layout.names(shape)
+    with torch.device("meta"):
+        expected = {name: tuple(tensor.shape) for name, tensor in find(record.build)(shape).state_dict().items()}
+    missing = [name for name in names.values() if name not in theirs]
+    foreign = sorted(theirs.keys() - set(names.values()))
+    misshapen = [
+        f"{name} is {list(theirs[name].shape)}, not {list(expected[ours])}"
+        for ours, name in names.items()
+        if name in theirs and tuple(theirs[name].shape) != expected[ours]
+    ]
+    found = {"missing": missing, "not part of the model": foreign, "of another shape": misshapen}
+    faults = [f"{what}: {listed(some)}" for what, some in found.items() if some]
+    if faults:
+        raise DataError(f"the weights in {source} are not those of the {record.name} that its {CONFIG} describes; {'; '.join(faults)}")
+    converted = [name for name in names.values() if theirs[name].dtype != torch.float32]
+    notes = [f"{len(converted)} tensors were converted to fp32 (from {theirs[converted[0]].dtype})"] if converted else []
+    return {ours: theirs[name].float().contiguous() for ours, name in names.items()}, notes
+
+
+def _without_aliases(theirs: Tensors, layout: HuggingFaceLayout, *, source: Path) -> Tensors:
+    kept = {name: tensor for name, tensor in theirs.items() if name not in layout.ignored and name not in layout.aliases}
+    for alias, name in layout.aliases.items():
+        if alias in theirs and not torch.equal(theirs[alias], kept.setdefault(name, theirs[alias])):
+            raise DataError(f"in {source}, {alias} is not equal to {name}; this architecture shares them")
+    return kept
