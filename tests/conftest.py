@@ -17,12 +17,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 # Several ranks share a few cores here; threads of their own would only fight. Set before anything imports torch.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # A batch job or an MPI program that runs the tests must not be mistaken for the ranks that a test starts.
 for _name in [name for name in os.environ if name.startswith(("SLURM_", "OMPI_", "PMIX_", "PRTE_", "JSM_", "HOROVOD_", "PROTTRANS_"))]:
     del os.environ[_name]
+
+# A busy machine is no failure; the whole suite has a time limit of its own.
+settings.register_profile("prottrans", deadline=None)
+settings.load_profile("prottrans")
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SMALL_CORPUS_PROTEINS = 600

@@ -123,7 +123,9 @@ class SampleOrder:
         if self._window[:2] != (epoch, window) or self._window[2] is None:
             ids = self._sequences_of(self._blocks_of(epoch, window, window + 1))
             samples = self._cut(ids, self._source.lengths_of(ids), Cut(self._seed, epoch, self.max_residues))
-            words = draw(self._seed, Purpose.WINDOW_ORDER, epochs=epoch, sample_ids=samples.ids, counters=samples.starts)
+            # Where a crop begins must not matter here: the order of sequences is the same under every limit.
+            numbers = samples.starts if self.is_split else 0
+            words = draw(self._seed, Purpose.WINDOW_ORDER, epochs=epoch, sample_ids=samples.ids, counters=numbers)
             # A stable sort: two equal keys (about 1 pair in 2**35 at the usual window) keep a defined order.
             shuffled = samples.take(np.argsort(words[0] << np.uint64(32) | words[1], kind="stable"))
             self._window = (epoch, window, shuffled)
