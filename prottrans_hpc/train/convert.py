@@ -47,7 +47,12 @@ def import_(request: Request) -> None:
         terminal.note(line)
     origin = {"imported_from": source.resolve().name, "notes": list(found.notes), "tool_version": __version__}
     checkpoint.write_model_checkpoint(out, record=found.record, shape=found.shape, weights=found.weights, origin=origin)
-    values = {"path": str(out), "architecture": found.record.name, "sizes": sizes_of(found.record, found.shape), "shape": dataclasses.asdict(found.shape)}
+    values: dict[str, Any] = {
+        "path": str(out),
+        "architecture": found.record.name,
+        "sizes": sizes_of(found.record, found.shape),
+        "shape": dataclasses.asdict(found.shape),
+    }
     values |= {"parameters": found.record.num_parameters(found.shape), "notes": list(found.notes)}
     _report(values, f"imported {found.record.name} ({values['parameters']:,} parameters) as {out}", request["json"])
 
