@@ -108,8 +108,6 @@ def load(source: Source, *, device: torch.device, precision: str) -> Model:
         module.load_state_dict(weights)
     except RuntimeError as error:
         raise CheckpointError(f"the weights of {source.path} do not fit the architecture {record.name}: {error}") from error
-    if device.type == "cpu":
-        torch.set_num_threads(max(torch.get_num_threads(), _usable_cores()))
     return Model(record, shape, module.eval().to(device), build_encoder(record.vocabulary), device, autocast_type(precision, device))
 
 
@@ -136,9 +134,9 @@ def describe(source: Source, model: Model) -> dict[str, Any]:
     }
 
 
-def _usable_cores() -> int:
-    """Cores this process may use, unless the environment sets a number of threads on purpose."""
-    return 1 if "OMP_NUM_THREADS" in os.environ else len(os.sched_getaffinity(0))
+def usable_cores() -> int:
+    """Cores this process may use, or the number of threads that the environment sets on purpose."""
+    return torch.get_num_threads() if "OMP_NUM_THREADS" in os.environ else len(os.sched_getaffinity(0))
 
 
 def _residue_rows(batch: Batch, encoder: Encoder) -> torch.Tensor:

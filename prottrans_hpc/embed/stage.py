@@ -14,7 +14,7 @@ from .. import __version__, durable, terminal
 from ..errors import DataError
 from ..stage import Request
 from . import h5file, model
-from .compute import Totals, compute_parts
+from .compute import Batching, Totals, compute_parts, plan_workers
 from .extract import Extractor
 from .options import STORED, Options, parse_request
 from .parts import check_identity, open_folder
@@ -22,6 +22,8 @@ from .proteins import Census, read_windows, take_census
 from .records import open_input
 from .stopping import StopRequest, listening
 
+_CPU_SHARES = 8
+"""A CPU's batch is this part of `bin_residues`, whatever the number of cores, so that the numbers do not depend on it."""
 FORMAT = 1
 """Of the identity: raised when the same request would give other numbers than before."""
 
@@ -52,7 +54,8 @@ def _embed(options: Options, stop: StopRequest) -> dict[str, Any]:
     extractor = Extractor(loaded, options.precision, options.per_residue, options.mean)
     _warn_of_space(options, census, loaded.width)
     with open_folder(options.parts, identity) as folder:
-        totals = compute_parts(read_windows(read, census), extractor, folder, total=census.num_proteins, bin_residues=options.bin_residues, stop=stop)
+        batching = _batching(options, loaded, census)
+        totals = compute_parts(read_windows(read, census), extractor, folder, batching=batching, stop=stop)
         if not totals.num_embedded:
             durable.remove_folder(options.parts)
             raise DataError(f"none of the {totals.num_failed:,} proteins could be embedded, so there is no file. {_failures(totals)}")
@@ -60,6 +63,15 @@ def _embed(options: Options, stop: StopRequest) -> dict[str, Any]:
         h5file.assemble(read_windows(read, census), folder, totals, options, width=loaded.width, attributes=attributes, stop=stop)
         durable.remove_folder(options.parts)
     return _report(options, totals, h5file.read_attributes(options.out))
+
+
+def _batching(options: Options, loaded: model.Model, census: Census) -> Batching:
+    """One batch at a time on a GPU; on a CPU small ones side by side, which fit its caches better."""
+    if loaded.device.type != "cpu":
+        return Batching(census.num_proteins, options.bin_residues, plan_workers(1, 1))
+    batch_residues = max(1, options.bin_residues // _CPU_SHARES)
+    num_batches = min(census.num_sound, -(-census.num_residues // batch_residues))
+    return Batching(census.num_proteins, batch_residues, plan_workers(model.usable_cores(), num_batches))
 
 
 def _identity(options: Options, source: model.Source, loaded: model.Model, census: Census) -> dict[str, Any]:
