@@ -64,10 +64,14 @@ class TorchComm:
         self.world_size = context.world_size
         self.device = device
         self.timeout_s = timeout_s
+        # gloo's thread lets go of a tensor a moment after the waiting thread has gone on. Were it the last to hold a
+        # Python object, it would need the interpreter's lock, and abort the process if that is shutting down by then.
+        self._in_use: tuple[Tensor, ...] = ()
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
         """The sum over ranks; gloo's and NCCL's order of summation depends on size and world size only."""
         result = tensor.detach().to(self.device, copy=True)
+        self._in_use = (result,)
         with self.watching("an all-reduce"):
             dist.all_reduce(result)
         return result.to(tensor.device)
@@ -83,6 +87,7 @@ class TorchComm:
         with self.watching("a broadcast"):
             dist.broadcast(size, src=0)
             buffer = _bytes_tensor(content, int(size.item())).to(self.device)
+            self._in_use = (size, buffer)
             dist.broadcast(buffer, src=0)
         return decode(_content(buffer, int(size.item())))
 
@@ -90,11 +95,12 @@ class TorchComm:
         """Two all-gathers: the lengths, then the bytes, padded to the longest."""
         content = encode(value)
         with self.watching("an all-gather"):
-            sizes = torch.empty(self.world_size, dtype=torch.int64, device=self.device)
-            dist.all_gather_single(sizes, torch.tensor([len(content)], device=self.device))
+            size, sizes = torch.tensor([len(content)], device=self.device), torch.empty(self.world_size, dtype=torch.int64, device=self.device)
+            dist.all_gather_single(sizes, size)
             longest = int(sizes.max().item())
-            gathered = torch.empty(self.world_size * longest, dtype=torch.uint8, device=self.device)
-            dist.all_gather_single(gathered, _bytes_tensor(content, longest).to(self.device))
+            buffer, gathered = _bytes_tensor(content, longest).to(self.device), torch.empty(self.world_size * longest, dtype=torch.uint8, device=self.device)
+            self._in_use = (size, sizes, buffer, gathered)
+            dist.all_gather_single(gathered, buffer)
         rows = gathered.view(self.world_size, longest)
         return [decode(_content(row, int(size))) for row, size in zip(rows, sizes.tolist(), strict=True)]
 
@@ -185,6 +191,7 @@ class TorchModel:
 
     def __init__(self, comm: TorchComm, module: nn.Module, bucket_mib: int) -> None:
         self._comm = comm
+        self._sums: list[tuple[dist.Work, Tensor]] = []
         self.module = DistributedDataParallel(
             _Callee(module),
             device_ids=[comm.device.index] if comm.device.type == "cuda" else None,
@@ -192,31 +199,43 @@ class TorchModel:
             gradient_as_bucket_view=True,
             **_NO_BUFFER_SYNC,
         )
-        self.module.register_comm_hook(None, _sum_hook)
+        self.module.register_comm_hook(self._sums, _sum_hook)
         for _ in range(2):
-            self.module(None).backward()
-        self.zero_gradients()
+            self.backward(self.module(None))
+            self.finish_gradients()
+            self.zero_gradients()
 
     def no_sync(self) -> AbstractContextManager[None]:
         """Forward and backward in here only add to this rank's gradients."""
         return self.module.no_sync()
 
     def backward(self, loss: Tensor) -> None:
-        """`loss.backward()`; outside `no_sync` DDP reduces each bucket as soon as it is full and waits at the end."""
-        with self._comm.watching("the reduction of the gradients"):
+        """`loss.backward()`; outside `no_sync` each bucket is on its way as soon as it is full."""
+        with self._comm.watching("the start of the reduction of the gradients"):
             loss.backward()  # type: ignore[no-untyped-call]
 
     def finish_gradients(self) -> None:
-        """DDP has waited for its buckets at the end of the backward pass."""
+        """Wait for the buckets."""
+        with self._comm.watching("the reduction of the gradients"):
+            for work, _ in self._sums:
+                work.wait()
 
     def zero_gradients(self) -> None:
         """In place: the gradients are views of DDP's buckets."""
+        self._sums.clear()
         self.module.zero_grad(set_to_none=False)
 
 
-def _sum_hook(state: object, bucket: GradBucket) -> torch.futures.Future[Tensor]:
-    """Sum a bucket; DDP's own hook divides by the world size, which would round."""
-    work = dist.all_reduce(bucket.buffer(), async_op=True)
+def _sum_hook(sums: list[tuple[dist.Work, Tensor]], bucket: GradBucket) -> torch.futures.Future[Tensor]:
+    """Begin to sum a bucket in place, and tell DDP that it is done: `finish_gradients` waits instead.
+
+    DDP's own reduction divides by the world size, which rounds. The usual hook chains a Python function to the
+    reduction, which gloo's thread then frees: when the process ends at that moment, it aborts (seen under torchrun).
+    """
+    buffer: Tensor = bucket.buffer()
+    work = dist.all_reduce(buffer, async_op=True)
     assert work is not None  # only a rank outside the group gets None
-    result: torch.futures.Future[Tensor] = work.get_future().then(lambda future: future.value()[0])
-    return result
+    sums.append((work, buffer))
+    done: torch.futures.Future[Tensor] = torch.futures.Future(devices=[buffer.device] if buffer.is_cuda else None)
+    done.set_result(buffer)
+    return done
