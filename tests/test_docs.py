@@ -1,9 +1,10 @@
 """Every command in the documentation is run, in the order in which a reader meets it.
 
-The convention, for README.md and docs/*.md:
+The convention, for README.md, docs/*.md and hpc/README.md:
 - A ```console block is run: lines that start with `$ ` are commands (`> ` goes on), the others what they print. Stated
   lines must be printed, in that order; `...` stands for anything. A command must end with 0 unless `$ echo $?` follows.
-- All pages share one working folder, in the order of the table in docs/index.md; there `data/` is the shipped data.
+- All pages share one working folder, in the order of the table in docs/index.md; there `data/` is the shipped data, and
+  `pip install` goes to a folder of the reader's own.
 - `<!-- file: NAME -->` before a block: the block is written to that file. `<!-- not run: REASON -->`: it is not run.
 - A ```toml block must be TOML, a ```python block Python.
 """
@@ -88,12 +89,15 @@ def run_block(block: Block, cwd: Path, environment: dict[str, str]) -> None:
     done = subprocess.run(["bash", "-c", script], cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=400)
     pieces = _STATUS.split(done.stdout)
     outputs, codes = pieces[0::2], [int(code) for code in pieces[1::2]]
-    assert len(codes) == len(commands), f"{block.page}:{block.line}: the shell ended early\n{done.stdout}"
+    if len(codes) != len(commands):
+        raise AssertionError(f"{block.page}:{block.line}: the shell ended early\n{done.stdout}")
     for number, (command, output, code) in enumerate(zip(commands, outputs, codes, strict=False)):
         asked = number + 1 < len(commands) and commands[number + 1].text.startswith("echo $?")
-        assert code == 0 or asked, f"{block.page}:{block.line}: `{command.text}` ended with {code}\n{output}"
         missing = first_missing(command.stated, output)
-        assert missing is None, f"{block.page}:{block.line}: `{command.text}` did not print\n{missing}\nbut\n{output}"
+        if code != 0 and not asked:
+            raise AssertionError(f"{block.page}:{block.line}: `{command.text}` ended with {code}\n{output}")
+        if missing is not None:
+            raise AssertionError(f"{block.page}:{block.line}: `{command.text}` did not print\n{missing}\nbut\n{output}")
 
 
 def first_missing(stated: tuple[str, ...], output: str) -> str | None:
@@ -110,25 +114,31 @@ def pages() -> list[Path]:
     """README.md, then the pages in the order of the index."""
     index = REPOSITORY / "docs" / "index.md"
     linked = [index.parent / target for target, _ in _LINK.findall(index.read_text(encoding="utf-8")) if target.endswith(".md") and "/" not in target]
-    return [REPOSITORY / "README.md", index, *dict.fromkeys(linked)]
+    return [REPOSITORY / "README.md", index, *dict.fromkeys(linked), REPOSITORY / "hpc" / "README.md"]
 
 
 @pytest.fixture(scope="module")
-def reader(tmp_path_factory, prottrans):
+def reader(tmp_path_factory):
     """A reader's working folder and environment: the shipped data, and `prottrans` on PATH."""
     folder = tmp_path_factory.mktemp("reader")
     (folder / "data").symlink_to(REPOSITORY / "data")
     commands = tmp_path_factory.mktemp("bin")
-    (commands / "prottrans").write_text(f'#!/bin/sh\nPYTHONPATH={REPOSITORY}:$PYTHONPATH exec {sys.executable} -m prottrans_hpc.launch.cli "$@"\n')
-    (commands / "prottrans").chmod(0o755)
-    path = f"{commands}:{Path(sys.executable).parent}"
-    return folder, lambda environment: environment | {"PATH": f"{path}:{environment['PATH']}", "COLUMNS": "100", "OMP_NUM_THREADS": "1"}
+    site = tmp_path_factory.mktemp("site")
+    shims = {
+        "prottrans": f'exec {sys.executable} -m prottrans_hpc.launch.cli "$@"',
+        "pip": f'exec {sys.executable} -m pip "$@" --target {site} --no-deps --no-build-isolation --no-index --quiet',
+    }
+    for name, body in shims.items():
+        (commands / name).write_text(f"#!/bin/sh\n{body}\n")
+        (commands / name).chmod(0o755)
+    path = f"{commands}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return folder, os.environ | {"PATH": path, "PYTHONPATH": f"{REPOSITORY}:{site}", "COLUMNS": "100", "OMP_NUM_THREADS": "1"}
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("page", pages(), ids=lambda path: path.name)
+@pytest.mark.parametrize("page", pages(), ids=lambda path: str(path.relative_to(REPOSITORY)))
 def test_the_commands_of_a_page_do_what_it_says(page, reader):
-    folder, with_commands = reader
+    folder, environment = reader
     for block in blocks_of(page):
         if block.directive and block.directive[0] == "not run":
             continue
@@ -137,7 +147,7 @@ def test_the_commands_of_a_page_do_what_it_says(page, reader):
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_text(block.content)
         elif block.language == "console":
-            run_block(block, folder, with_commands(dict(os.environ)))
+            run_block(block, folder, environment)
         if block.language == "toml":
             tomllib.loads(block.content)
         elif block.language == "python":
@@ -145,11 +155,11 @@ def test_the_commands_of_a_page_do_what_it_says(page, reader):
 
 
 def test_every_page_is_in_the_index():
-    assert {path.name for path in (REPOSITORY / "docs").glob("*.md")} == {path.name for path in pages()} - {"README.md"}
+    assert {path.name for path in (REPOSITORY / "docs").glob("*.md")} == {path.name for path in pages() if path.parent.name == "docs"}
 
 
 @pytest.mark.parametrize(
-    "page", [*pages(), *(REPOSITORY / name for name in ("CONTRIBUTING.md", "hpc/README.md", "data/README.md"))], ids=lambda path: path.name
+    "page", [*pages(), REPOSITORY / "CONTRIBUTING.md", REPOSITORY / "data" / "README.md"], ids=lambda path: str(path.relative_to(REPOSITORY))
 )
 def test_every_link_of_a_page_leads_somewhere(page):
     targets = [target for target, _ in _LINK.findall(page.read_text(encoding="utf-8")) if "://" not in target]
