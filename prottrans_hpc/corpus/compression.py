@@ -140,12 +140,13 @@ def detect(head: bytes, path: Path) -> str | None:
 
 
 class Stream:
-    """The plain bytes of a file; `sha256` is that of the file itself once everything has been read."""
+    """The plain bytes of a file; with `hashing`, `sha256` is that of the file itself once everything has been read."""
 
-    def __init__(self, path: Path, compression: str | None, file: RawIOBase) -> None:
+    def __init__(self, path: Path, compression: str | None, file: RawIOBase, *, hashing: bool = True) -> None:
         self.path = path
         self.compression = compression
         self.file = file
+        self.hashing = hashing
         self.sha256 = hashlib.sha256()
         self.num_bytes = 0
         """Of the file, read so far."""
@@ -158,7 +159,8 @@ class Stream:
         """Fill the front of `buffer`; 0 at the end. Raises DataError when the compressed data are damaged or cut short."""
         if self.compression is None:
             num = self.file.readinto(buffer) or 0
-            self.sha256.update(buffer[:num])
+            if self.hashing:
+                self.sha256.update(buffer[:num])
             self.num_bytes += num
             return num
         if not self._output:
@@ -170,7 +172,8 @@ class Stream:
 
     def _raw(self) -> bytes:
         data = self.file.read(_PIECE) or b""
-        self.sha256.update(data)
+        if self.hashing:
+            self.sha256.update(data)
         self.num_bytes += len(data)
         return data
 

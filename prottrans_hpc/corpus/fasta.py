@@ -97,6 +97,18 @@ def parse_stream(stream: Stream, source: Source, parser: BlockParser, *, start: 
             position += used
 
 
+def lines_of_name(source: Source, name: bytes) -> list[int]:
+    """The lines on which records of this name begin; reads the whole file, so for messages only."""
+    lines, line = [], 1
+    for parsed, block in parse_source(source, BlockParser(Rules().table(), lines=source.lines)):
+        names, borders = parsed.names.tobytes(), parsed.name_offsets.tolist()
+        newlines = np.flatnonzero(np.frombuffer(block.data, np.uint8) == 10)
+        hits = [i for i, (start, end) in enumerate(pairwise(borders)) if end - start == len(name) and names[start:end] == name]
+        lines += [line + int(np.searchsorted(newlines, parsed.starts[i])) for i in hits]
+        line += len(newlines)
+    return lines
+
+
 def read_blocks(stream: Stream, source: Source, *, start: int, end: int | None, block_bytes: int = BLOCK_BYTES) -> Iterator[Block]:
     """Blocks of whole records. Raises DataError for text before the first header and for a record of absurd length."""
     # One byte before the range shows whether a line begins at its start.

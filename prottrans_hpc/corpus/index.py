@@ -72,6 +72,13 @@ class Index:
         return self.path / shard.file
 
 
+def render_index(content: Mapping[str, Any]) -> bytes:
+    """The one spelling of an index, sealed with a SHA-256 of all else in it, so that every changed byte shows."""
+    body = {key: value for key, value in content.items() if key != "sha256"}
+    seal = hashlib.sha256(json.dumps(body, allow_nan=False).encode()).hexdigest()
+    return (json.dumps(body | {"sha256": seal}, indent=1, allow_nan=False) + "\n").encode()
+
+
 def shard_name(split: str, number: int) -> str:
     """File name of a shard."""
     return f"{split}-{number:05d}.h5"
@@ -89,6 +96,8 @@ def read_index(path: str | Path) -> Index:
         if content["format"] != FORMAT:
             raise DataError(f"{folder / INDEX} has format {content['format']!r}; this version reads format {FORMAT}")
         splits = {name: _split(name, content["splits"][name]) for name in SPLITS}
+        if text != render_index(content):
+            raise ValueError("its checksum is not that of its content")
         if any(content[key] != sum(content["splits"][name][key] for name in SPLITS) for key in ("sequences", "residues", "bytes")):
             raise ValueError("its totals are not the sums of its splits")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -111,6 +120,11 @@ def _shard(split: str, number: int, entry: Mapping[str, Any]) -> ShardEntry:
     if shard.file != shard_name(split, number):
         raise ValueError(f"shard {number} of {split} is called {shard.file!r}")
     return shard
+
+
+def entry_as_json(shard: ShardEntry) -> dict[str, str | int]:
+    """A shard as index.json lists it."""
+    return {"file": shard.file, "sequences": shard.num_sequences, "residues": shard.num_residues, "bytes": shard.num_bytes, "sha256": shard.sha256}
 
 
 def _advice(folder: Path) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -95,8 +96,8 @@ def _clean_marked(cleaned: npt.NDArray[np.uint8], joined: bytes, table: bytes, c
 
 def digest(data: npt.NDArray[np.uint8], offsets: npt.NDArray[np.int64], person: bytes, out: npt.NDArray[np.uint64]) -> None:
     """BLAKE2b-128 of each record into `out`, [N, 2]."""
-    view, borders, blake2b = memoryview(data), offsets.tolist(), hashlib.blake2b
-    digests = b"".join(blake2b(view[a:b], digest_size=16, person=person).digest() for a, b in zip(borders, borders[1:], strict=False))
+    view, borders, blake2b = data.data, offsets.tolist(), hashlib.blake2b
+    digests = b"".join(blake2b(view[a:b], digest_size=16, person=person).digest() for a, b in pairwise(borders))
     out[:] = np.frombuffer(digests, "<u8").reshape(-1, 2)
 
 

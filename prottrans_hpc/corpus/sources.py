@@ -6,7 +6,7 @@ import contextlib
 import os
 import stat
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..errors import CheckpointError, DataError
@@ -42,10 +42,10 @@ class Source:
             raise DataError(f"{self.path} changed while it was read; start again when nothing writes to it")
 
     @contextlib.contextmanager
-    def open(self) -> Iterator[Stream]:
+    def open(self, *, hashing: bool = False) -> Iterator[Stream]:
         """The plain text as a stream from its first byte."""
         with open_regular(self.path) as descriptor, os.fdopen(descriptor, "rb", buffering=0, closefd=False) as file:
-            yield Stream(self.path, self.compression, file)
+            yield Stream(self.path, self.compression, file, hashing=hashing)
 
 
 @contextlib.contextmanager
@@ -106,6 +106,20 @@ def _require_regular(path: Path, status: os.stat_result) -> None:
 
 def inspect(path: Path) -> Source:
     """Look at the first bytes of a file. Raises DataError when they are neither FASTA nor one sequence a line."""
+    source, head = _look(path)
+    text = head[source.skip :].lstrip(WHITESPACE)
+    lines = text[:1] not in (b">", b"")
+    if lines:
+        _require_sequence(path, head, text)
+    return replace(source, lines=lines)
+
+
+def inspect_text(path: Path) -> Source:
+    """Another text file that is input, such as a cluster file, compressed or not."""
+    return _look(path)[0]
+
+
+def _look(path: Path) -> tuple[Source, bytes]:
     with open_regular(path) as descriptor:
         status = os.fstat(descriptor)
         head = os.pread(descriptor, _HEAD, 0)
@@ -115,13 +129,9 @@ def inspect(path: Path) -> Source:
                 head = _first_bytes(Stream(path, compression, file))
     _refuse_wide_characters(path, head)
     skip = len(_BOM) if head.startswith(_BOM) else 0
-    text = head[skip:].lstrip(WHITESPACE)
-    if not text and len(head) < _HEAD:
-        raise DataError(f"{path} holds no sequence: it is empty")
-    lines = text[:1] != b">" and text != b""
-    if lines:
-        _require_sequence(path, head, text)
-    return Source(path, status.st_size, status.st_mtime_ns, status.st_ino, compression, lines, skip)
+    if len(head) < _HEAD and not head[skip:].strip(WHITESPACE):
+        raise DataError(f"{path} is empty")
+    return Source(path, status.st_size, status.st_mtime_ns, status.st_ino, compression, True, skip), head
 
 
 def _first_bytes(stream: Stream) -> bytes:
@@ -144,5 +154,6 @@ def _require_sequence(path: Path, head: bytes, text: bytes) -> None:
     if not line.translate(None, WHITESPACE + REMOVED).isalpha():
         number = head[: len(head) - len(text)].count(b"\n") + 1
         raise DataError(
-            f"{path}, line {number}, is neither FASTA nor a sequence: FASTA begins with '>', text has one sequence of letters a line; found {printable(line, 60)!r}"
+            f"{path}, line {number}, is neither FASTA nor a sequence: FASTA begins with '>', text has one sequence of letters a line; "
+            f"found {printable(line, 60)!r}"
         )

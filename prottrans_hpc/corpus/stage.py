@@ -2,10 +2,78 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import Any
+
+from .. import terminal
+from ..errors import DataError
 from ..stage import Request
+from . import kernel
+from .alphabet import Rules
 from .builder import build
+from .checking import problems_of
+from .identity import BuildOptions
+from .index import Index, read_index
+from .pool import open_pool
+from .report import draw, print_table, summary
+from .workplace import stop_file
 
 
 def preprocess(request: Request) -> None:
-    """Make a corpus."""
-    build(request)
+    """Make a corpus and print what it holds. Under MPI only rank 0 prints, and the others end with its exit code."""
+    options = BuildOptions(
+        inputs=tuple(request["inputs"]),
+        out=Path(request["out"]),
+        rules=Rules(request["invalid"], request["keep_rare"]),
+        num_shards=request["shards"],
+        dedup=request["dedup"],
+        validation=request["validation"],
+        clusters=Path(request["clusters"]) if request["clusters"] else None,
+        names=request["names"],
+        release=request["release"],
+    )
+    with open_pool(workers=request["workers"], mpi=request["mpi"], stop_file=stop_file(options.out)) as pool:
+        _announce(pool.num_workers)
+        index = build(options, pool)
+    _print([index], request["json"])
+
+
+def _announce(num_workers: int) -> None:
+    if kernel.implementation() == "Python":
+        terminal.note("the C extension prottrans_hpc.corpus._kernel is not built here: using the Python loops, which are slower and give the same bytes")
+    terminal.detail(f"loops: {kernel.implementation()}, workers: {num_workers}")
+
+
+def show(request: Request) -> None:
+    """Print what corpora hold, side by side, and draw it if a picture is wanted."""
+    indexes = [read_index(path) for path in request["corpora"]]
+    _print(indexes, request["json"])
+    if request["plot"]:
+        draw(indexes, Path(request["plot"]))
+
+
+def _print(indexes: list[Index], as_json: bool) -> None:
+    if as_json:
+        summaries = [summary(index) for index in indexes]
+        print(json.dumps(summaries[0] if len(summaries) == 1 else summaries, indent=1))
+    else:
+        print_table(indexes)
+
+
+def check(request: Request) -> None:
+    """Verify every byte of corpora. Raises DataError that names the damaged files, CheckpointError where there is no corpus."""
+    with open_pool(workers=1, mpi=False, stop_file=Path()) as pool:
+        results = []
+        for path in request["corpora"]:
+            index = read_index(path)
+            results.append((index, problems_of(index, pool)))
+    if request["json"]:
+        found: list[dict[str, Any]] = [summary(index) | {"problems": problems, "whole": not problems} for index, problems in results]
+        print(json.dumps(found[0] if len(found) == 1 else found, indent=1))
+    problems = [problem for _, problems in results for problem in problems]
+    if problems:
+        raise DataError("\n".join(problems))
+    if not request["json"]:
+        for index, _ in results:
+            print(f"{index.path}: whole, {index.num_sequences:,} sequences, {index.num_residues:,} residues, every SHA-256 as written")
