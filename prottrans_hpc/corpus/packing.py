@@ -53,7 +53,9 @@ def plan_step(lengths: Int64, *, bin_residues: int, num_ranks: int) -> StepPlan:
     cost = _cost(lengths)
     num_micro_batches, bin_of = _fill_bins(lengths, cost, bin_residues=bin_residues, num_ranks=num_ranks)
     num_bins = num_ranks * num_micro_batches
-    slot_of_bin = _deal_bins(np.bincount(bin_of, weights=cost, minlength=num_bins).astype(np.float64), num_ranks)
+    # The bins are about equal in cost: what they may differ in is how much of it is long sequences, so that is dealt evenly.
+    squares = np.bincount(bin_of, weights=lengths * lengths, minlength=num_bins).astype(np.float64)
+    slot_of_bin = _deal_bins(squares, num_ranks)
     slots = slot_of_bin[bin_of]
     members = np.lexsort((-lengths, slots))
     bin_starts = np.concatenate([[0], np.cumsum(np.bincount(slots, minlength=num_bins))]).astype(np.int64)
@@ -75,11 +77,12 @@ def _fill_bins(lengths: Int64, cost: Float64, *, bin_residues: int, num_ranks: i
             return num_micro_batches, bin_of
         # Ever larger steps: a length just over half a bin would otherwise need one try for each bin.
         growth = max(fullest / bin_residues, 1.0 + 0.01 * 2**tries)
-        num_micro_batches, tries = max(num_micro_batches + 1, int(num_micro_batches * growth)), tries + 1
+        # A bin for each sample always fits.
+        num_micro_batches, tries = min(max(num_micro_batches + 1, int(num_micro_batches * growth)), -(-len(lengths) // num_ranks)), tries + 1
 
 
 def _deal_bins(cost: Float64, num_ranks: int) -> Int64:
-    """The slot (rank-major) of each bin: equally many a rank, in each round the costliest to the rank with least."""
+    """The slot (rank-major) of each bin: equally many a rank, the costliest of each round to the rank that has least."""
     num_rounds = len(cost) // num_ranks
     rounds = np.argsort(-cost, kind="stable").reshape(num_rounds, num_ranks)
     load, slots = np.zeros(num_ranks), np.empty(len(cost), np.int64)
