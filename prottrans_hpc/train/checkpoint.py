@@ -167,15 +167,15 @@ def read_newest(run_dir: RunDir, steps: list[int], agree: Agree) -> Checkpoint |
 
 
 def _manifest(path: Path) -> dict[str, durable.FileSeal]:
-    """The manifest, held against the names that are there. Raises CheckpointError."""
+    """The manifest, held against the names and sizes that are there. Raises CheckpointError."""
     try:
         listed = durable.read_manifest(path)
-        present = {entry.name for entry in path.iterdir()} - {durable.MANIFEST}
+        present = {entry.name: entry.stat().st_size for entry in path.iterdir() if entry.name != durable.MANIFEST}
     except (DataError, FileNotFoundError, NotADirectoryError) as error:
         raise CheckpointError(f"the checkpoint {path} is damaged: {error}") from error
-    if present != listed.keys():
-        odd = ", ".join(sorted(present ^ listed.keys()))
-        raise CheckpointError(f"the checkpoint {path} is damaged: missing from it, or not written by the save: {odd}")
+    odd = sorted(name for name in present.keys() | listed.keys() if name not in listed or present.get(name) != listed[name].num_bytes)
+    if odd:
+        raise CheckpointError(f"the checkpoint {path} is damaged: missing, of another size or not written by the save: {', '.join(odd)}")
     return listed
 
 

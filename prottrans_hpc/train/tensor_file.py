@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import safetensors
 import safetensors.torch
 import torch
 
@@ -104,5 +105,8 @@ def read(path: Path, *, sha256: str) -> dict[str, torch.Tensor]:
     content = path.read_bytes()
     if hashlib.sha256(content).hexdigest() != sha256:
         raise ValueError(f"{path} is damaged: its SHA-256 is not the one that was written")
-    tensors: dict[str, torch.Tensor] = safetensors.torch.load(content)
+    try:
+        tensors: dict[str, torch.Tensor] = safetensors.torch.load(content)
+    except (safetensors.SafetensorError, KeyError) as error:
+        raise ValueError(f"{path} is no safetensors file: {error}") from error
     return tensors
