@@ -30,11 +30,10 @@ class Prefetcher(Generic[T]):
     def __init__(self, source: Iterator[T], *, depth: int, name: str) -> None:
         self.wait_s = 0.0
         """How long the last `next` waited."""
-        self._source = source
         self._ready: queue.Queue[T | _End] = queue.Queue(maxsize=depth)
         self._closed = threading.Event()
         self._end: _End | None = None
-        self._thread = threading.Thread(target=self._work, name=name, daemon=True)
+        self._thread = threading.Thread(target=self._work, args=(source,), name=name, daemon=True)
         self._thread.start()
 
     def __iter__(self) -> Iterator[T]:
@@ -72,9 +71,10 @@ class Prefetcher(Generic[T]):
                 if not self._thread.is_alive() and self._ready.empty():
                     return _End(RuntimeError("the background thread ended without a word"))
 
-    def _work(self) -> None:
+    def _work(self, source: Iterator[T]) -> None:
+        # Only this frame holds the source: what a generator keeps open is released when the thread ends.
         try:
-            for item in self._source:
+            for item in source:
                 if not self._put(item):
                     return
             self._put(_End(None))
