@@ -28,9 +28,6 @@ from .checks import CorpusFacts
 from .job_script import Job, render
 
 
-_FLAGS: dict[int, tuple[str, ...]] = {terminal.QUIET: ("--quiet",), terminal.NORMAL: (), terminal.VERBOSE: ("--verbose",)}
-
-
 @dataclass(frozen=True)
 class Plan:
     """Everything about a pre-training job that was decided before anything is touched."""
@@ -43,11 +40,13 @@ class Plan:
     stop_after_step: int | None
     run_dir: RunDir
     """Its path is absolute; the folder may not exist yet."""
+    flags: tuple[str, ...] = ()
+    """For the ranks: how much rank 0 says."""
 
     @property
     def job(self) -> Job:
         """The job that carries the plan out."""
-        return Job("pretrain", self.run_dir.path.name, self.run_dir, self.machine, self.allocation, sys.executable, _FLAGS[terminal.verbosity()])
+        return Job("pretrain", self.run_dir.path.name, self.run_dir, self.machine, self.allocation, sys.executable, self.flags)
 
     @property
     def script(self) -> bytes:

@@ -17,6 +17,7 @@ from .. import __version__, config
 from ..errors import ConfigError
 from ..machine import Allocation, Machine
 from ..run_dir import RunDir
+from .tether import CODE_FILE_PREFIX
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
@@ -62,7 +63,9 @@ class Starter:
     setup: tuple[str, ...] = ()
     """Shell lines that the starter needs."""
     is_ours: bool = False
-    """Ours passes exit codes on and ends with the script; others are tethered and watched where no batch system does it."""
+    """Ours ends with the script; others are tethered to it where no batch system does it."""
+    hides_codes: bool = False
+    """It ends with a code of its own when a rank fails; the rank leaves its own in the run directory."""
 
 
 def _processes(job: Job) -> list[str]:
@@ -77,20 +80,9 @@ def _mpirun(job: Job) -> list[str]:
 
 
 def _torchrun(job: Job) -> list[str]:
-    num_ranks = str(job.allocation.num_ranks)
-    return [
-        job.python,
-        "-P",
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nnodes",
-        "1",
-        "--nproc-per-node",
-        num_ranks,
-        "--no-python",
-        *_tethered(job, job.command),
-    ]
+    gang = ["--standalone", "--nnodes", "1", "--nproc-per-node", str(job.allocation.num_ranks)]
+    watched = [*job.module("tether"), "--codes", str(job.run_dir.path), *job.command]
+    return [job.python, "-P", "-m", "torch.distributed.run", *gang, "--no-python", *watched]
 
 
 def _none(job: Job) -> list[str]:
@@ -118,7 +110,7 @@ STARTERS: dict[str, Starter] = {
         ),
     ),
     # torchrun passes on TERM and dies of USR1 and USR2.
-    "torchrun": Starter(_torchrun, {"TERM": "TERM", "INT": "TERM", "USR1": "TERM", "USR2": "TERM"}),
+    "torchrun": Starter(_torchrun, {"TERM": "TERM", "INT": "TERM", "USR1": "TERM", "USR2": "TERM"}, hides_codes=True),
     "none": Starter(_none, _SAME),
 }
 
@@ -145,6 +137,8 @@ def render(job: Job, header: Sequence[str]) -> bytes:
         "",
         *_command_lines(argv, job.run_dir),
         *_WAIT_LINES,
+        *(_HIDDEN_CODE_LINES if starter.hides_codes else ()),
+        *_EXIT_LINES,
     ]
     return os.fsencode("\n".join(lines) + "\n")
 
@@ -214,6 +208,14 @@ _WAIT_LINES = (
     '  wait "$starter" || status=$?',
     '  if [ -z "$code" ] || [ "$status" -ne 127 ]; then code=$status; fi',
     "done",
+)
+_HIDDEN_CODE_LINES = (
+    "# The starter does not pass on the exit codes of the ranks; the first that failed has left its own.",
+    f'code_file="$run_dir/{CODE_FILE_PREFIX}$PROTTRANS_NONCE"',
+    'if [ "$code" -ne 0 ] && [ -s "$code_file" ]; then code=$(cat "$code_file"); fi',
+    'rm -f "$code_file"',
+)
+_EXIT_LINES = (
     "# Killed by the very signal that asks to stop, before it could be taken: stopped all the same.",
     'if [ -n "$stop" ]; then case "$code" in 130 | 138 | 140 | 143) code=75 ;; esac; fi',
     'exit "$code"',

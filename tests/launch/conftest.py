@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,7 @@ class Job:
 
     folder: Path
     python: Path
+    processes: list[subprocess.Popen[str]] = field(default_factory=list)
 
     @property
     def run_dir(self) -> Path:
@@ -84,7 +85,9 @@ class Job:
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
         """Start it as the leader of its own process group."""
-        return subprocess.Popen(self.argv(*arguments), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, process_group=0)
+        process = subprocess.Popen(self.argv(*arguments), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, process_group=0)
+        self.processes.append(process)
+        return process
 
     def rank(self, rank: int) -> dict[str, Any]:
         """What a rank said about itself, once it has."""
@@ -101,7 +104,7 @@ class Job:
         return (self.folder / f"rank-{rank}.json.got").read_text().split()
 
     @staticmethod
-    def wait_until(condition: Callable[[], bool], timeout_s: float = 60) -> None:
+    def wait_until(condition: Callable[[], bool], timeout_s: float = 120) -> None:
         wait_until(condition, timeout_s)
 
     @staticmethod
@@ -114,10 +117,11 @@ class Job:
 
 
 def environment() -> dict[str, str]:
-    return os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))  # mpirun is there
+    return os.environ | {"PYTHONPATH": str(REPOSITORY), "PATH": path}
 
 
-def wait_until(condition: Callable[[], bool], timeout_s: float = 60) -> None:
+def wait_until(condition: Callable[[], bool], timeout_s: float = 120) -> None:
     """Wait for something that happens in another process; fails when it does not."""
     end = time.monotonic() + timeout_s
     while not condition():
@@ -153,6 +157,10 @@ def job(tmp_path: Path) -> Iterator[Job]:
     job = Job(tmp_path, python)
     write_index(job.corpus)
     yield job
+    for process in job.processes:
+        if process.poll() is None:  # the test has failed: what did it wait for?
+            process.kill()
+            print(process.communicate()[1])
     for path in tmp_path.glob("rank-*.json"):
         pid = json.loads(path.read_text())["pid"]
         if is_alive(pid):

@@ -21,6 +21,8 @@ _EXAMPLES = examples(
     "prottrans pretrain tiny_prot_bert --corpus corpus --dry-run > job.sh",
 )
 
+_RANK_FLAGS: dict[int, tuple[str, ...]] = {terminal.QUIET: ("--quiet",), terminal.NORMAL: (), terminal.VERBOSE: ("--verbose",)}
+
 
 @click.command(epilog=_EXAMPLES)
 @click.argument("recipe", metavar="RECIPE")
@@ -78,7 +80,7 @@ def _plan(
     terminal.note(f"model: {checks.model_line(recipe, chosen, size)}; {recipe.num_steps:,} steps ({recipe_name})")
     for remark in (*checks.remarks(recipe, facts), *planner.remarks(recipe, machine, allocation)):
         terminal.note(f"note: {remark}")
-    return gang.Plan(recipe, name, facts, machine, allocation, steps, RunDir(path))
+    return gang.Plan(recipe, name, facts, machine, allocation, steps, RunDir(path), _RANK_FLAGS[terminal.verbosity()])
 
 
 def _introduce(plan: Plan, state: str) -> None:
