@@ -49,7 +49,7 @@ if [[ -f $stamp && $(<"$stamp") == "$key" ]] && "$venv/bin/python" -c 'import im
   exit 0
 fi
 
-cache=${XDG_CACHE_HOME:-$HOME/.cache}/prottrans-hpc/horovod-$key
+cache=${XDG_CACHE_HOME:-${HOME:-/tmp}/.cache}/prottrans-hpc/horovod-$key
 mkdir -p "$cache"
 if command -v flock >/dev/null; then
   exec 9>"$cache.lock"
