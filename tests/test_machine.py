@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import tomllib
 
 import pytest
 
@@ -61,3 +63,16 @@ def test_an_allocation_counts_its_ranks():
 def test_zero_cores_means_what_this_process_may_use():
     assert machine.usable_cpu_cores(machine.Node(num_cpu_cores=0)) == len(os.sched_getaffinity(0))
     assert machine.usable_cpu_cores(machine.Node(num_cpu_cores=42)) == 42
+
+
+@pytest.mark.parametrize("noun", [machine.Machine, machine.Node, machine.Gpu])
+def test_every_key_of_a_profile_is_documented(repository, noun):
+    readme = (repository / "hpc" / "README.md").read_text(encoding="utf-8")
+    keys = {"node": "[node]", "gpu": "[node.gpu]"}
+    assert [name for name in noun.__dataclass_fields__ if f"| `{keys.get(name, name)}` |" not in readme] == []
+
+
+def test_the_example_profile_of_the_documentation_reads(repository):
+    example = re.search(r"```toml\n(.*?)```", (repository / "hpc" / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert example
+    assert config.parse(machine.Machine, tomllib.loads(example[1]), source="hpc/README.md").node.num_gpus == 2
