@@ -25,7 +25,8 @@ def describe() -> dict[str, Any]:
         "versions": versions,
     }
     packages = ", ".join(f"{name} {version}" for name, version in versions.items())
-    line = f"{values['date']}; {values['processor']}, {values['cores']} cores, {values['memory_gib']} GiB; {values['system']}; Python {values['python']}; {packages}"
+    machine = f"{values['processor']}, {values['cores']} cores, {values['memory_gib']} GiB; {values['system']}"
+    line = f"{values['date']}; {machine}; Python {values['python']}; {packages}"
     return values | {"line": line}
 
 
