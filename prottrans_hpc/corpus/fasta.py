@@ -18,7 +18,7 @@ from ..errors import DataError
 from .alphabet import WHITESPACE, Rules
 from .compression import Stream
 from .kernel import BlockParser, Parsed
-from .screening import Problem, Screen, refuse_start
+from .screening import Problem, Screen, line_at, refuse_start
 from .sources import Source, find_sources
 
 BLOCK_BYTES = 1 << 21
@@ -58,8 +58,9 @@ def read_records(paths: Sequence[str | Path], *, rules: Rules, on_skip: Callable
     """
     for source in find_sources(paths):
         screen = Screen(source, rules)
-        line = 1
+        line = 0
         for parsed, block in parse_source(source, screen.parser):
+            line = line or line_at(source, block.offset)
             newlines = np.flatnonzero(np.frombuffer(block.data, np.uint8) == 10)
             lines = line + np.searchsorted(newlines, parsed.starts)
             problems = dict(screen.problems(parsed, block.data, block.offset))
@@ -99,8 +100,9 @@ def parse_stream(stream: Stream, source: Source, parser: BlockParser, *, start: 
 
 def lines_of_name(source: Source, name: bytes) -> list[int]:
     """The lines on which records of this name begin; reads the whole file, so for messages only."""
-    lines, line = [], 1
+    lines, line = [], 0
     for parsed, block in parse_source(source, BlockParser(Rules().table(), lines=source.lines)):
+        line = line or line_at(source, block.offset)
         names, borders = parsed.names.tobytes(), parsed.name_offsets.tolist()
         newlines = np.flatnonzero(np.frombuffer(block.data, np.uint8) == 10)
         hits = [i for i, (start, end) in enumerate(pairwise(borders)) if end - start == len(name) and names[start:end] == name]

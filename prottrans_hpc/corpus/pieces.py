@@ -158,7 +158,7 @@ class PieceWriter:
 def _write_keys(path: str, digests: Digests, rows: Rows, kind: str) -> None:
     # Records without a name (text, or kept in spite of it) are not duplicates of each other.
     numbers = np.flatnonzero(rows["name_length"]) if kind == "name" else np.arange(len(rows))
-    order = numbers[np.argsort(digests[numbers, 0], kind="stable")]
+    order = numbers[np.argsort(digests[numbers, 0])]
     write_array(path, digests[order, 0], digests[order, 1], order.astype("<u4"))
 
 
