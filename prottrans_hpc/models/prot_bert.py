@@ -28,15 +28,20 @@ class Embeddings(nn.Module):
 
     def __init__(self, shape: BertShape) -> None:
         super().__init__()
-        self.words = nn.Embedding(shape.vocabulary_size, shape.hidden_size)
-        self.positions = nn.Embedding(shape.max_positions, shape.hidden_size)
-        self.token_types = nn.Embedding(shape.num_token_types, shape.hidden_size)
+        self.words = _table(shape.vocabulary_size, shape.hidden_size)
+        self.positions = _table(shape.max_positions, shape.hidden_size)
+        self.token_types = _table(shape.num_token_types, shape.hidden_size)
         self.norm = nn.LayerNorm(shape.hidden_size, eps=shape.layer_norm_epsilon)
 
     def forward(self, tokens_T: Tensor, positions_T: Tensor) -> Tensor:
         """The input of the first layer, [T, W]."""
         result: Tensor = self.norm(self.words(tokens_T) + self.token_types.weight[0] + self.positions(positions_T))
         return result
+
+
+def _table(num_rows: int, width: int) -> nn.Embedding:
+    # Given its weight, it draws none: on the meta device that would import torch's compiler, seconds at every start.
+    return nn.Embedding(num_rows, width, _weight=torch.empty(num_rows, width))
 
 
 class Layer(nn.Module):
