@@ -107,8 +107,8 @@ def _go_back(session: Session) -> None:
 
 
 def _stop_message(session: Session) -> str:
-    saved = f"the state of step {session.last_saved} is saved" if session.last_saved else "before the first step, with nothing to save"
-    done = f"after step {session.progress.step} of {session.run.last_step}"
+    done = f"after step {session.progress.step} of {session.run.last_step}" if session.progress.step else "before the first step"
+    saved = f"the state of step {session.last_saved} is saved" if session.last_saved else "there was nothing to save yet"
     return f"stopped by a signal ({preemption.cause()}) {done}; {saved}. Run the same command again to go on"
 
 

@@ -33,7 +33,7 @@ def requested() -> bool:
 
 def cause() -> str:
     """The name of the first signal, for the log."""
-    return signal.Signals(_received[0]).name if _received else "none here"
+    return signal.Signals(_received[0]).name if _received else "to another rank"
 
 
 def forget_signals() -> None:

@@ -78,8 +78,12 @@ class Gang:
             self.process.send_signal(number)
 
     def signal_rank(self, rank: int, *numbers: int) -> None:
-        """Signals to one rank only."""
-        pid = self.rank_pids()[rank]
+        """Signals to one rank only; one that has ended misses nothing."""
+        self.signal_pid(self.rank_pids()[rank], *numbers)
+
+    @staticmethod
+    def signal_pid(pid: int, *numbers: int) -> None:
+        """Signals to a process, which may be gone."""
         for number in numbers:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)

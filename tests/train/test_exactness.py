@@ -97,9 +97,10 @@ STORMS: dict[str, Callable[[Any, random.Random], None]] = {
 
 def _storm(gang: Any, dice: random.Random) -> None:
     gang.wait_for_step(9)
+    pids = gang.rank_pids()
     numbers = [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT]
     while gang.process.poll() is None:
-        gang.signal_rank(dice.randrange(2), dice.choice(numbers)) if dice.random() < 0.5 else gang.signal(dice.choice(numbers))
+        gang.signal_pid(dice.choice(pids), dice.choice(numbers)) if dice.random() < 0.5 else gang.signal(dice.choice(numbers))
         time.sleep(dice.random() * 0.003)
 
 
