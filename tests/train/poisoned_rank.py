@@ -1,0 +1,56 @@
+"""A rank whose model meets non-finite numbers on purpose: stands in for `python -m prottrans_hpc pretrain`.
+
+poisoned_rank.py RUN_DIR, with POISON='{"steps": [9], "ranks": [1], "how": "loss" | "gradient", "passes": 1}' in the
+environment: the steps (from 1) at which those ranks' models go wrong, in so many passes over the step.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections import Counter
+from typing import Any
+
+import torch
+
+from prottrans_hpc import __main__, architecture
+from prottrans_hpc.models.prot_bert import ProtBert
+from prottrans_hpc.train import loop, preemption
+
+POISON = json.loads(os.environ["POISON"])
+passes: Counter[int] = Counter()
+now = {"bad": False}
+real_step, real_forward = loop.take_step, ProtBert.forward
+
+
+class _BadGradient(torch.autograd.Function):
+    """The number itself, with an infinite gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, value: torch.Tensor) -> torch.Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
+        return gradients[0] * float("inf")
+
+
+def take_step(session: Any, loaded: Any) -> Any:
+    step = loaded.step + 1
+    passes[step] += 1
+    now["bad"] = step in POISON["steps"] and session.comm.rank in POISON["ranks"] and passes[step] <= POISON["passes"]
+    return real_step(session, loaded)
+
+
+def forward(self: Any, batch: architecture.Batch) -> architecture.LossSum:
+    result = real_forward(self, batch)
+    if not now["bad"]:
+        return result
+    loss = result.loss * float("nan") if POISON["how"] == "loss" else _BadGradient.apply(result.loss)
+    return architecture.LossSum(loss, result.num_correct)
+
+
+preemption.install()
+loop.take_step, ProtBert.forward = take_step, forward
+sys.exit(__main__.main(["pretrain", sys.argv[1]]))
