@@ -163,7 +163,8 @@ class _Products(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         query, key, value, result = ctx.saved_tensors
         (gradient,) = gradients
-        inner = (gradient.float() * result.float()).sum(-1, keepdim=True).to(gradient.dtype)
+        wide = torch.promote_types(result.dtype, torch.float32)
+        inner = (gradient.to(wide) * result.to(wide)).sum(-1, keepdim=True).to(gradient.dtype)
         totals = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
         parts = (torch.split(part, ctx.lengths) for part in (query, key, value, gradient, inner, *totals))
         for q, k, v, g, i, q_total, k_total, v_total in zip(*parts, strict=True):
