@@ -23,8 +23,8 @@ from ..errors import DataError, missing_package
 _PIECE = 1 << 16  # compressed bytes read at once
 _ZSTD_PIECE = 1 << 13  # zstd has no limit on what one call returns: at most 32,768 times this
 _XZ_MEMORY = 1 << 30  # bytes; an xz file may ask for 4 GiB of dictionary
-MAX_RATIO = 2000
-"""Text compresses 2 to 100 times. Beyond this, and 1 GiB, the file is taken for a bomb."""
+MAX_RATIO = 400
+"""Sequences compress 2 to 100 times. Beyond this, and 1 GiB, the file is taken for a bomb (gzip reaches 1,032)."""
 _BOMB_BYTES = 1 << 30
 
 
