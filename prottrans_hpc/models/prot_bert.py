@@ -152,4 +152,8 @@ def build(shape: BertShape) -> ProtBert:
     device = torch.get_default_device()
     with torch.device("meta"):  # spares the default initialisation, seconds for the published sizes
         module = ProtBert(shape)
-    return module if device.type == "meta" else module.to_empty(device=device)
+    if device.type == "meta":
+        return module
+    # Not to_empty(): on meta tensors that takes a path through torch which imports sympy, a second at every start.
+    module._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device=device))  # type: ignore[no-untyped-call] # of torch
+    return module
