@@ -72,8 +72,8 @@ def _holdout(options: BuildOptions, work: Path) -> tuple[Holdout, dict[str, Any]
 
 def _scan_all(options: BuildOptions, sources: Sequence[Source], holdout: Holdout, pool: Pool, folder: Path) -> Scanned:
     tasks = _scan_tasks(options, sources, holdout, pool.num_workers, folder)
-    with terminal.progress("reading", total=sum(task.cost for task in tasks) / 1e6, unit="MB") as advance:
-        results = pool.run(scan, tasks, costs=[task.cost / 1e6 for task in tasks], advance=advance)
+    with terminal.progress("reading", total=sum(task.cost for task in tasks), unit="bytes") as advance:
+        results = pool.run(scan, tasks, costs=[task.cost for task in tasks], advance=advance)
     # The SHA-256 of each file comes from the one task that read all of it.
     sha256 = {task.source_number: result.sha256 for task, result in zip(tasks, results, strict=True) if result.sha256 is not None}
     for source in sources:
@@ -143,8 +143,8 @@ def _write_shards(options: BuildOptions, pieces: Sequence[Piece], identity: str,
         if num
         for plan in plan_shards(pieces, k, name, num, out=options.out, work=work, names=options.names, identity=identity)
     ]
-    with terminal.progress("writing shards", total=sum(plan.totals.residues for plan in plans) / 1e6, unit="million residues") as advance:
-        entries = pool.run(write_shard, plans, costs=[plan.totals.residues / 1e6 for plan in plans], advance=advance)
+    with terminal.progress("writing shards", total=sum(plan.totals.residues for plan in plans), unit="residues") as advance:
+        entries = pool.run(write_shard, plans, costs=[plan.totals.residues for plan in plans], advance=advance)
     return {name: [entry for plan, entry in zip(plans, entries, strict=True) if plan.split == k] for k, name in enumerate(SPLITS)}
 
 
@@ -176,8 +176,8 @@ def _take_over(options: BuildOptions, sources: Sequence[Source], clusters: Mappi
     """
     index = read_index(options.out)
     tasks = _scan_tasks(options, sources, Holdout(0.0, None), 1, work, parse=False)
-    with terminal.progress("comparing the input with the corpus", total=sum(task.cost for task in tasks) / 1e6, unit="MB") as advance:
-        results = pool.run(scan, tasks, costs=[task.cost / 1e6 for task in tasks], advance=advance)
+    with terminal.progress("comparing the input with the corpus", total=sum(task.cost for task in tasks), unit="bytes") as advance:
+        results = pool.run(scan, tasks, costs=[task.cost for task in tasks], advance=advance)
     wanted = made_from(options, sources, [str(result.sha256) for result in results], clusters)
     if different := differences(index.content, wanted):
         raise IdentityError(f"{options.out} holds another corpus than the one asked for ({different}). Choose another --out, or remove that folder")

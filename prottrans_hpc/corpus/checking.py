@@ -51,8 +51,8 @@ def check_shards(index: Index, pool: Pool) -> list[Finding]:
     """All shards of a corpus, in the order of the index."""
     entries = [entry for split in index.splits.values() for entry in split.shards]
     tasks = [(index.shard_path(entry), entry) for entry in entries]
-    with terminal.progress(f"checking {index.path}", total=index.num_bytes / 1e6, unit="MB") as advance:
-        return pool.run(check_shard, tasks, costs=[entry.num_bytes / 1e6 for entry in entries], advance=advance)
+    with terminal.progress(f"checking {index.path}", total=index.num_bytes, unit="bytes") as advance:
+        return pool.run(check_shard, tasks, costs=[entry.num_bytes for entry in entries], advance=advance)
 
 
 def problems_of(index: Index, pool: Pool) -> list[str]:

@@ -156,8 +156,8 @@ def find_all(kind: str, pieces: Sequence[Piece], pool: Pool, folder: Path, *, dr
     num_records = sum(totals.sequences for piece in pieces for totals in piece.totals)
     num = num_ranges(num_records)
     tasks = [DuplicatesTask(kind, k, num, tuple(pieces), tuple(dropped), folder / f"dropped-{kind}-{k:05d}") for k in range(num)]
-    with terminal.progress(f"looking for equal {kind}s", total=num_records / 1e6, unit="million records") as advance:
-        found = pool.run(find_duplicates, tasks, costs=[num_records / 1e6 / num] * num, advance=advance)
+    with terminal.progress(f"looking for equal {kind}s", total=num_records, unit="records") as advance:
+        found = pool.run(find_duplicates, tasks, costs=[num_records / num] * num, advance=advance)
     pairs = sorted(duplicates.first for duplicates in found if duplicates.first is not None)
     return [str(task.out) for task in tasks], Duplicates(sum(duplicates.num for duplicates in found), pairs[0] if pairs else None)
 

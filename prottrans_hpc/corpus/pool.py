@@ -23,8 +23,8 @@ from ..errors import ProttransError, ResourceError, exit_code, explain, missing_
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 _PR_SET_PDEATHSIG = 1
-SMALL = 16.0
-"""Work of less cost (millions of bytes or residues) is done before a new process would have started."""
+SMALL = 16e6
+"""Work of less cost (bytes, residues or records) is done before a new process would have started."""
 
 
 class Pool(Protocol):
@@ -35,7 +35,7 @@ class Pool(Protocol):
         """Processes that work at the same time."""
 
     def run(self, function: Callable[[Task], Result], tasks: Sequence[Task], *, costs: Sequence[float], advance: terminal.Advance) -> list[Result]:
-        """`function` of every task, in order; `costs` (in millions) are what `advance` is told as tasks end. Raises what a task raised."""
+        """`function` of every task, in order; `costs` are what `advance` is told as tasks end. Raises what a task raised."""
 
 
 class ThisProcess:

@@ -8,6 +8,7 @@ from typing import Any
 
 from .. import durable
 from ..errors import missing_package
+from ..terminal import printable
 from .index import Index
 from .statistics import unigram_entropy
 
@@ -31,12 +32,18 @@ def print_table(indexes: Sequence[Index]) -> None:
     table = Table(title=None)
     table.add_column("")
     for index in indexes:
-        table.add_column(Text(index.path.name or str(index.path)), justify="right")
+        table.add_column(Text(_label(index)), justify="right")
     for section in (_sizes, _lengths, _residues, _changes):
         for label, *cells in section(indexes):
             table.add_row(label, *cells)
         table.add_section()
-    Console().print(table)
+    console = Console()
+    # A pipe has no width: give every column what it needs, so that nothing is cut.
+    (console if console.is_terminal else Console(width=40 + 30 * len(indexes))).print(table)
+
+
+def _label(index: Index) -> str:
+    return printable(index.path.name or str(index.path), 40)
 
 
 def _sizes(indexes: Sequence[Index]) -> Iterable[tuple[str, ...]]:
@@ -98,9 +105,9 @@ def draw(indexes: Sequence[Index], path: Path) -> None:
     for k, index in enumerate(indexes):
         bins = index.content["length_histogram"]
         shares = [100 * part["sequences"] / index.num_sequences for part in bins]
-        by_length.stairs(shares, [bins[0]["from"], *(part["to"] for part in bins)], fill=True, alpha=0.5, label=index.path.name)
+        by_length.stairs(shares, [bins[0]["from"], *(part["to"] for part in bins)], fill=True, alpha=0.5, label=_label(index))
         frequencies = [100 * index.content["residue_counts"].get(letter, 0) / index.num_residues for letter in letters]
-        by_residue.bar([i + (k + 0.5) * width - 0.4 for i in range(len(letters))], frequencies, width, label=index.path.name)
+        by_residue.bar([i + (k + 0.5) * width - 0.4 for i in range(len(letters))], frequencies, width, label=_label(index))
     by_length.set(xscale="log", xlabel="length (residues)", ylabel="share of the sequences in a quarter octave (%)")
     by_residue.set(xlabel="residue", ylabel="frequency (%)", xticks=range(len(letters)), xticklabels=letters)
     by_residue.legend()

@@ -163,7 +163,9 @@ def test_growing_the_corpus_moves_no_sequence_between_splits(tmp_path: Path, pro
 
 
 @pytest.mark.parametrize("dedup", [False, True])
-def test_the_number_of_workers_does_not_change_a_byte(tmp_path: Path, proteins_fasta: Path, proteins: Records, dedup: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_number_of_workers_does_not_change_a_byte(
+    tmp_path: Path, proteins_fasta: Path, proteins: Records, dedup: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(pool, "SMALL", 0.0)
     monkeypatch.setattr(scan, "MIN_RANGE_BYTES", 50_000)
     plain = write(tmp_path / "a.fasta", [(b"again-" + name, residues) for name, residues in proteins])
@@ -286,7 +288,9 @@ def test_the_same_command_again_verifies_and_does_nothing(tmp_path: Path, protei
     assert {path.name: path.stat().st_mtime_ns for path in index.path.iterdir()} == before
 
 
-@pytest.mark.parametrize("change", [{"num_shards": 2}, {"validation": 0.2}, {"dedup": True}, {"names": False}, {"keep_rare": True}, {"invalid": "x"}, {"release": "r"}])
+@pytest.mark.parametrize(
+    "change", [{"num_shards": 2}, {"validation": 0.2}, {"dedup": True}, {"names": False}, {"keep_rare": True}, {"invalid": "x"}, {"release": "r"}]
+)
 def test_another_corpus_is_never_overwritten(tmp_path: Path, proteins: Records, build_corpus: Build, change: dict[str, object]) -> None:
     path = write(tmp_path / "a.fasta", proteins[:50])
     before = folder_bytes(build_corpus(path, validation=0.1).path)
