@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -31,7 +32,7 @@ def test_the_warm_up_is_linear_reaches_the_peak_and_wastes_no_step(decay):
     assert rates[:10] == pytest.approx([k / 10 for k in range(1, 11)])
     assert max(rates) == 1.0
     assert min(rates) > 0.0
-    assert all(a >= b for a, b in zip(rates[9:], rates[10:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(rates[9:]))
 
 
 def test_linear_decay():
