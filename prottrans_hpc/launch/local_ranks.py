@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .. import terminal
-from ..errors import DONE, REQUEUE
+from ..errors import DONE, REQUEUE, exit_code, explain
 from .children import STOP_SIGNALS, Deadline, die_with_parent, hold_signals, next_signal, shell_code, start
 
 LOOPBACK = "127.0.0.1"
@@ -207,7 +207,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     gang = _parse(arguments)
     die_with_parent(os.getppid())
     hold_signals()
-    return run(gang)
+    try:
+        return run(gang)
+    except OSError as error:  # a command that is not there, no more processes or ports
+        print(f"error: {terminal.printable(explain(error), 1000)}", file=sys.stderr, flush=True)
+        return exit_code(error)
 
 
 if __name__ == "__main__":

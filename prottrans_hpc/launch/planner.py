@@ -17,9 +17,10 @@ def plan(recipe: Recipe, machine: Machine, *, num_nodes: int) -> Allocation:
             f"{machine.name} has the starter 'none', which starts one rank; {num_nodes} nodes x {machine.ranks_per_node} are {num_ranks}. "
             "Set starter to processes, mpirun or torchrun in the machine profile, or ask for one node with one rank"
         )
-    if recipe.parallel.comm == "horovod" and num_ranks > 1 and machine.starter == "torchrun":
+    if recipe.parallel.comm == "horovod" and num_ranks > 1 and machine.starter != "mpirun":
         raise ConfigError(
-            "Horovod's ranks are MPI programs, which torchrun does not start: take a machine profile with starter = 'mpirun', or parallel.comm = 'torch'"
+            f"Horovod's ranks are MPI programs, which {machine.starter!r} of {machine.name} does not start: "
+            "take a machine with starter = 'mpirun' (--machine laptop_mpi on one computer), or --set parallel.comm=torch"
         )
     _check_gpus(recipe, machine)
     # Local "nodes" are groups of processes on one computer: they share its cores.
