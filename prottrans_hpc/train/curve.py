@@ -23,7 +23,7 @@ from ..run_dir import RunDir, read_run
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-SMOOTHING_STEPS = 20
+SMOOTHING_STEPS = 21
 
 Points = tuple[tuple[int, float], ...]
 
@@ -80,9 +80,9 @@ def _unigram_entropy(corpus: Path) -> float | None:
 
 
 def running_mean(points: Points, width: int = SMOOTHING_STEPS) -> Points:
-    """The mean of each point and up to `width` - 1 before it."""
+    """The mean of each point and its neighbours, `width` (odd) in all and fewer at the ends; one that only looked back would lag."""
     losses = [loss for _, loss in points]
-    windows = (losses[max(0, end - width) : end] for end in range(1, len(losses) + 1))
+    windows = (losses[max(0, middle - width // 2) : middle + width // 2 + 1] for middle in range(len(losses)))
     return tuple((step, sum(window) / len(window)) for (step, _), window in zip(points, windows, strict=True))
 
 
@@ -119,8 +119,8 @@ def write_curve(run_dir: RunDir, out: Path) -> Curve:
 
 def summary(curve: Curve) -> list[str]:
     """The curve in a few lines of text."""
-    smooth = running_mean(curve.training)
-    lines = [f"training loss    {smooth[0][1]:.3f} at step {smooth[0][0]}, {smooth[-1][1]:.3f} at step {smooth[-1][0]} (nats a masked residue)"]
+    (first_step, first), (last_step, last) = curve.training[0], running_mean(curve.training)[-1]
+    lines = [f"training loss    {first:.3f} at step {first_step}, {last:.3f} at step {last_step} (nats a masked residue)"]
     if curve.validation:
         lines.append(f"validation loss  {curve.validation[-1][1]:.3f} at step {curve.validation[-1][0]}")
     if curve.unigram_entropy is not None:

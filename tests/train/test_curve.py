@@ -56,9 +56,9 @@ def test_a_running_run_may_end_in_half_a_line(a_run):
     assert curve.read_curve(a_run).training[-1][0] == 60
 
 
-def test_the_running_mean_never_looks_ahead():
+def test_the_running_mean_is_centred():
     points = tuple((step, float(step)) for step in range(1, 6))
-    assert curve.running_mean(points, width=3) == ((1, 1.0), (2, 1.5), (3, 2.0), (4, 3.0), (5, 4.0))
+    assert curve.running_mean(points, width=3) == ((1, 1.5), (2, 2.0), (3, 3.0), (4, 4.0), (5, 4.5))
 
 
 def test_the_picture_shows_every_curve(a_run):
