@@ -5,6 +5,7 @@ Environment variables are taken by a list of names that are known to be harmless
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import os
 import platform
@@ -53,6 +54,7 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
+@functools.cache
 def versions() -> dict[str, str]:
     """Versions of Python and of what computes or writes here; a package that is not installed is left out."""
     found = {"python": platform.python_version()}
