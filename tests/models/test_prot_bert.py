@@ -59,6 +59,8 @@ def test_the_same_seed_draws_the_same_weights_whatever_was_drawn_before():
     tables = torch.cat([p.flatten() for p in models[0].parameters() if p.ndim > 1])
     assert abs(tables.std().item() - 0.02) < 2e-4
     assert abs(tables.mean().item()) < 2e-4
+    assert not any(parameter.any() for name, parameter in models[0].named_parameters() if name.endswith("bias"))
+    assert all((parameter == 1).all() for name, parameter in models[0].named_parameters() if name.endswith("norm.weight"))
 
 
 def test_the_loss_is_the_sum_over_targets_and_knows_the_right_ones(model, pack, proteins):
