@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import gc
 import importlib.machinery
+import importlib.util
 import io
 import json
 import os

@@ -126,8 +126,7 @@ class SampleOrder:
             # Where a crop begins must not matter here: the order of sequences is the same under every limit.
             numbers = samples.starts if self.is_split else 0
             words = draw(self._seed, Purpose.WINDOW_ORDER, epochs=epoch, sample_ids=samples.ids, counters=numbers)
-            # A stable sort: two equal keys (about 1 pair in 2**35 at the usual window) keep a defined order.
-            shuffled = samples.take(np.argsort(words[0] << np.uint64(32) | words[1], kind="stable"))
+            shuffled = samples.take(_order_of(words[0] << np.uint64(32) | words[1]))
             self._window = (epoch, window, shuffled)
             return shuffled
         return self._window[2]
@@ -188,6 +187,14 @@ class SampleOrder:
             fragments = num_fragments(self._source.lengths_of(ids), self.max_residues)
             parts.append(np.add.reduceat(fragments, np.arange(0, len(ids), width)).astype(np.uint32))
         return np.concatenate(parts)
+
+
+def _order_of(keys: npt.NDArray[np.uint64]) -> Int64:
+    """What sorts random keys: their lowest bits make room for the index, so that no two are equal and any sort agrees."""
+    bits = np.uint64(len(keys).bit_length())
+    numbered = (keys >> bits << bits) | np.arange(len(keys), dtype=np.uint64)
+    numbered.sort()
+    return (numbered & ((np.uint64(1) << bits) - np.uint64(1))).astype(np.int64)
 
 
 def next_step(order: SampleOrder, position: SamplePosition, phase: recipes.Phase) -> tuple[Samples, SamplePosition]:
