@@ -94,7 +94,9 @@ def describe(plan: Plan, run: Run | None) -> str:
         return "new"
     steps = plan.run_dir.checkpoint_steps()
     end = min(plan.recipe.num_steps, plan.stop_after_step or plan.recipe.num_steps)
-    return f"resumes at step {steps[-1]} of {end}" if steps else "starts again: it has no checkpoint yet"
+    if not steps:
+        return "starts again: it has no checkpoint yet"
+    return f"resumes at step {steps[-1]} of {end}" if steps[-1] < end else f"has step {steps[-1]} of {end} already"
 
 
 def carry_out(plan: Plan, *, detach: bool) -> int:

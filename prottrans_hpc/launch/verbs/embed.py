@@ -20,7 +20,7 @@ _EXAMPLES = examples(
 @path_option("--out", metavar="FILE.h5", required=True, help="The HDF5 file to write; an interrupted command resumes.")
 @click.option("--per-residue", is_flag=True, help="Write one vector a residue.")
 @click.option("--pool", type=click.Choice(("mean", "none")), default="mean", show_default=True, help="Write one vector a protein.")
-@click.option("--precision", type=click.Choice(PRECISIONS), default="fp32", show_default=True, help="Of the computation; fp16 also of the file.")
+@click.option("--precision", type=click.Choice(PRECISIONS), default="fp32", show_default=True, help="Of the computation; bf16 and fp16 also halve the file.")
 @click.option("--device", type=click.Choice(("auto", "cpu", "cuda")), default="auto", show_default=True, help="Where to compute.")
 @click.option("--bin-residues", metavar="N", type=click.IntRange(1), default=16_384, show_default=True, help="Residues of one packed batch.")
 @click.option("--invalid", type=click.Choice(INVALID), default="error", show_default=True, help="For letters that are no residue.")
