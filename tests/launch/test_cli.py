@@ -235,6 +235,11 @@ def test_a_full_disk_under_standard_output_is_told(tmp_path: Path) -> None:
     assert done.returncode == 73 and "No space left" in done.stderr
 
 
+def test_models_shows_one_published_size_by_its_own_name(tmp_path: Path) -> None:
+    (size,) = json.loads(run("models", "show", "prot_bert_bfd", "--json", cwd=tmp_path).stdout)["sizes"]
+    assert size["name"] == "prot_bert_bfd" and size["errata"]
+
+
 def test_models_counts_parameters_as_published(tmp_path: Path) -> None:
     listed = json.loads(run("models", "--json", cwd=tmp_path).stdout)
     shown = json.loads(run("models", "show", "prot_bert", "--json", cwd=tmp_path).stdout)

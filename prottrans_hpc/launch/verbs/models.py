@@ -34,16 +34,14 @@ def list_(context: click.Context, as_json: bool) -> None:
     _print_list(as_json or bool(context.obj))
 
 
-@models.command(epilog=examples("prottrans models show prot_bert", "prottrans models show prot_bert --json"))
+@models.command(epilog=examples("prottrans models show prot_bert", "prottrans models show prot_bert_bfd --json"))
 @click.argument("name", metavar="NAME")
 @as_json
 @verbosity
 @click.pass_context
 def show(context: click.Context, name: str, as_json: bool) -> None:
-    """Print everything about one architecture: shapes, parameters, where the numbers come from, errata."""
-    from ... import architecture
-
-    record = describe(architecture.get(name))
+    """Print everything about one architecture, or one published size: shapes, parameters, where the numbers come from, errata."""
+    record = _find(name)
     if as_json or context.obj:
         click.echo(json.dumps(record, indent=1))
         return
@@ -53,6 +51,18 @@ def show(context: click.Context, name: str, as_json: bool) -> None:
         click.echo("  shape: " + ", ".join(f"{key} {value}" for key, value in size["shape"].items()))
         for erratum in size["errata"]:
             click.echo(f"  erratum: {erratum}")
+
+
+def _find(name: str) -> dict[str, Any]:
+    """The architecture of a name; else the one that has a size of that name, with this size alone. Raises ConfigError."""
+    from ... import architecture
+
+    if name not in architecture.names():
+        owners = [record for record in architecture.available() if name in record.sizes]
+        if len(owners) == 1:
+            record = describe(owners[0])
+            return record | {"sizes": [size for size in record["sizes"] if size["name"] == name]}
+    return describe(architecture.get(name))
 
 
 def describe(record: Any) -> dict[str, Any]:
