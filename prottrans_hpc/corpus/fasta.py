@@ -21,8 +21,8 @@ from .kernel import BlockParser, Parsed
 from .screening import Problem, Screen, line_at, refuse_start
 from .sources import Source, find_sources
 
-BLOCK_BYTES = 1 << 21
-"""Read and parsed at once: input and output stay in the second-level cache or near it."""
+BLOCK_BYTES = 1 << 19
+"""Read and parsed at once: input and output stay in the second-level cache."""
 MAX_RECORD_BYTES = 1 << 28
 """The longest protein known has 46 thousand residues; a longer record than this is no protein, and would not fit the memory."""
 

@@ -198,7 +198,7 @@ def test_ranges_cover_a_file_for_any_number_of_workers(tmp_path: Path, proteins:
 
 def test_dedup_keeps_the_first_of_equal_sequences(tmp_path: Path, proteins: Records, build_corpus: Build, small_parts: None, each_kernel: str) -> None:
     files = [
-        write(tmp_path / "a.fasta", proteins[:300] + [(b"again", proteins[5][1])]),
+        write(tmp_path / "a.fasta", [*proteins[:300], (b"again", proteins[5][1])]),
         write(tmp_path / "b.fasta", [(b"b-" + name, residues.lower()) for name, residues in proteins[200:400]]),
     ]
     index = build_corpus(files, dedup=True, validation=0.1, num_shards=2)

@@ -1,0 +1,292 @@
+"""FASTA to residues: our loops beside a HuggingFace tokenizer and the fastest library, and the whole of preprocess beside the disk.
+
+Part one reads a file from memory (tmpfs) and makes one byte a residue with a border a sequence; the figure is MB of
+FASTA a CPU-second. All contenders take turns in every round; ratios are medians over rounds of ratios within a round,
+because the machine's speed changes more between rounds than between contenders. Part two makes a whole corpus on
+a disk, hashes, fsync and all, beside a plain write with fsync of as many bytes. Writes preprocess.json and .md.
+
+    python benchmarks/preprocess.py [FASTA] --rounds 5 --scratch DIR
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from hardware import describe
+
+from prottrans_hpc import terminal
+from prottrans_hpc.architectures.prot_bert import ARCHITECTURE
+from prottrans_hpc.corpus import kernel
+from prottrans_hpc.corpus.alphabet import Rules
+from prottrans_hpc.corpus.builder import build
+from prottrans_hpc.corpus.fasta import parse_source, read_records
+from prottrans_hpc.corpus.identity import BuildOptions
+from prottrans_hpc.corpus.kernel import BlockParser
+from prottrans_hpc.corpus.pool import LocalProcesses, ThisProcess
+from prottrans_hpc.corpus.sources import inspect
+
+RESULTS = Path(__file__).parent / "results"
+DATA = Path(os.environ.get("PROTTRANS_DATA", Path(__file__).parents[1] / "../shared/data"))
+TABLE = bytes(ord("X") if chr(b) in "BOUZbouz" else ord(chr(b).upper()) if b < 128 else ord("X") for b in range(256))
+"""Upper case and X, for contenders that bring no rules of their own."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to read a file."""
+
+    name: str
+    run: Callable[[Path], int]
+    """`(file)` -> residues seen."""
+    share: float = 1.0
+    """Of the file, for the slow ones; their rate does not depend on it."""
+
+
+def read_limit(path: Path) -> int:
+    """Only read, into a buffer that is used again."""
+    buffer, total = bytearray(1 << 22), 0
+    with path.open("rb", buffering=0) as file:
+        while num := file.readinto(buffer):
+            total += num
+    return total
+
+
+def ours(which: str) -> Callable[[Path], int]:
+    """Our parser with one implementation of its loops."""
+
+    def run(path: Path) -> int:
+        extension = kernel._c
+        if which == "Python":
+            kernel._c = None
+        elif extension is not None:
+            extension.select_path(which == "best")
+        try:
+            parser = BlockParser(Rules().table(), lines=False)
+            return sum(len(parsed.residues) for parsed, _ in parse_source(inspect(path), parser))
+        finally:
+            kernel._c = extension
+            if extension is not None:
+                extension.select_path(True)
+
+    return run
+
+
+def pyfastx_translate(path: Path) -> int:
+    """pyfastx.Fastx, one bytes.translate a record, borders in a list."""
+    import pyfastx
+
+    parts, offsets, total = [], [0], 0
+    for _, sequence in pyfastx.Fastx(str(path)):
+        residues = sequence.encode().translate(TABLE)
+        parts.append(residues)
+        total += len(residues)
+        offsets.append(total)
+        if total - offsets[0] > 1 << 22:
+            b"".join(parts)
+            parts, offsets = [], [total]
+    return total
+
+
+def biopython_translate(path: Path) -> int:
+    """Biopython's fastest parser, one translate a record."""
+    from Bio.SeqIO.FastaIO import SimpleFastaParser
+
+    with path.open() as file:
+        return sum(len(sequence.encode().translate(TABLE)) for _, sequence in SimpleFastaParser(file))
+
+
+def huggingface(vocabulary: Path) -> Callable[[Path], int]:
+    """What users of the published models do: Biopython, a space between residues, BertTokenizerFast."""
+    from Bio import SeqIO
+    from transformers import BertTokenizerFast
+
+    tokenizer = BertTokenizerFast(vocab_file=str(vocabulary), do_lower_case=False)
+
+    def run(path: Path) -> int:
+        total, batch = 0, []
+        for record in SeqIO.parse(path, "fasta"):
+            batch.append(" ".join(str(record.seq)))
+            if len(batch) == 256:
+                total, batch = total + tokens(batch), []
+        return total + tokens(batch)
+
+    def tokens(batch: list[str]) -> int:
+        return sum(len(ids) - 2 for ids in tokenizer(batch)["input_ids"]) if batch else 0
+
+    return run
+
+
+def contenders(scratch: Path) -> list[Contender]:
+    """All that are installed; ours and the limit always."""
+    vocabulary = scratch / "vocab.txt"
+    vocabulary.write_text("".join(f"{token}\n" for token in ARCHITECTURE.vocabulary.tokens))
+    found = [
+        Contender("read() alone, the limit", read_limit),
+        Contender("ours, C (best path)", ours("best")),
+        Contender("ours, C (portable path)", ours("portable")),
+    ]
+    found += [
+        Contender("ours, Python", ours("Python")),
+        Contender("pyfastx + translate", pyfastx_translate),
+        Contender("Biopython + translate", biopython_translate),
+    ]
+    return [*found, Contender("Biopython + BertTokenizerFast", huggingface(vocabulary), share=0.02)]
+
+
+def spell(records: list[tuple[bytes, bytes]], path: Path, width: int | None) -> None:
+    """Write FASTA with lines of `width` residues, or one line a sequence."""
+    with path.open("wb") as file:
+        for name, residues in records:
+            lines = [residues[i : i + width] for i in range(0, len(residues), width)] if width else [residues]
+            file.write(b">" + name + b"\n" + b"\n".join(lines) + b"\n")
+
+
+def measure(files: dict[float, Path], entries: list[Contender], rounds: int) -> dict[str, list[float]]:
+    """MB a CPU-second of each contender in each round."""
+    rates: dict[str, list[float]] = {entry.name: [] for entry in entries}
+    for _ in range(rounds):
+        for entry in entries:
+            path = files[entry.share]
+            begin = time.process_time()
+            entry.run(path)
+            rates[entry.name].append(path.stat().st_size / 1e6 / (time.process_time() - begin))
+    return rates
+
+
+def ratio(rates: dict[str, list[float]], one: str, other: str) -> float:
+    """Median over rounds of a ratio within a round."""
+    return statistics.median(a / b for a, b in zip(rates[one], rates[other], strict=True))
+
+
+def agree(path: Path, entries: list[Contender]) -> None:
+    """All that parse must see the same residues, or their speeds mean nothing."""
+    counts = {entry.name: entry.run(path) for entry in entries if "limit" not in entry.name}
+    if len(set(counts.values())) != 1:
+        raise SystemExit(f"the contenders disagree: {counts}")
+
+
+def write_limit(path: Path, num_bytes: int) -> float:
+    """Seconds to write and fsync so many bytes that do not compress."""
+    data = np.random.default_rng(0).bytes(1 << 22)
+    begin = time.perf_counter()
+    with path.open("wb", buffering=0) as file:
+        for start in range(0, num_bytes, len(data)):
+            file.write(data[: min(len(data), num_bytes - start)])
+        os.fsync(file.fileno())
+    elapsed = time.perf_counter() - begin
+    path.unlink()
+    return elapsed
+
+
+def end_to_end(fasta: Path, scratch: Path, rounds: int) -> dict[str, Any]:
+    """Whole corpora, by one and by two workers, beside the plain write of their bytes."""
+    names = ("one worker", "two workers", "write + fsync of the same bytes")
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    cpu, num_bytes = [], 0
+    for k in range(rounds):
+        for workers, name in ((1, names[0]), (2, names[1])):
+            out = scratch / f"corpus-{k}-{workers}"
+            pool = ThisProcess() if workers == 1 else LocalProcesses(workers)
+            if isinstance(pool, LocalProcesses):
+                pool.run(abs, [1, 2, 3, 4], costs=[1e9] * 4, advance=lambda amount: None)  # workers are up before the clock starts
+            begin, begin_cpu = time.perf_counter(), time.process_time()
+            index = build(BuildOptions((str(fasta),), out, Rules(), validation=0.01), pool)
+            seconds[name].append(time.perf_counter() - begin)
+            if workers == 1:
+                cpu.append(time.process_time() - begin_cpu)
+            if isinstance(pool, LocalProcesses):
+                pool.close(kill=False)
+            num_bytes = index.num_bytes
+            shutil.rmtree(out)
+        seconds[names[2]].append(write_limit(scratch / "raw", num_bytes))
+    size = fasta.stat().st_size / 1e6
+    shares = {name: statistics.median(raw / own for raw, own in zip(seconds[names[2]], seconds[name], strict=True)) for name in names[:2]}
+    return {
+        "fasta_mb": size,
+        "corpus_mb": num_bytes / 1e6,
+        "bytes_per_residue": index.num_bytes / index.num_residues,
+        "seconds": seconds,
+        "mb_per_s": {name: size / statistics.median(seconds[name]) for name in names},
+        "mb_per_cpu_s": size / statistics.median(cpu),
+        "share_of_write_limit": shares,
+    }
+
+
+def report(result: dict[str, Any]) -> str:
+    """The Markdown page."""
+    lines = ["# FASTA to residues", "", result["hardware"]["line"], ""]
+    lines += [f"Input: {result['input']['sequences']:,} proteins, {result['input']['residues']:,} residues; {result['rounds']} rounds, in turns.", ""]
+    for spelling, part in result["parse"].items():
+        lines += [
+            f"## Parse and clean, {spelling}",
+            "",
+            "| | MB of FASTA a CPU-second | of read() | BertTokenizerFast x | pyfastx x |",
+            "|---|--:|--:|--:|--:|",
+        ]
+        for name, rate in part["median"].items():
+            of_limit, of_hf, of_pyfastx = (part["ratios"][name][key] for key in ("limit", "huggingface", "pyfastx"))
+            lines.append(f"| {name} | {rate:,.1f} | {of_limit:.3g} | {of_hf:,.3g} | {of_pyfastx:.3g} |")
+        lines.append("")
+    whole = result["end_to_end"]
+    lines += ["## The whole of preprocess, on a disk, with SHA-256 of input and output, split, name check and fsync", ""]
+    lines += ["| | MB of FASTA a second | share of the plain write's speed |", "|---|--:|--:|"]
+    for name, rate in whole["mb_per_s"].items():
+        share = f"{whole['share_of_write_limit'][name]:.2f}" if name in whole["share_of_write_limit"] else "1"
+        lines.append(f"| {name} | {rate:,.0f} | {share} |")
+    lines += ["", f"One worker: {whole['mb_per_cpu_s']:,.0f} MB of FASTA a CPU-second. {whole['bytes_per_residue']:.3f} bytes a residue on disk.", ""]
+    return "\n".join(lines)
+
+
+def inputs(fasta: Path, scratch: Path, records: list[tuple[bytes, bytes]]) -> Iterator[tuple[str, dict[float, Path]]]:
+    """The same proteins in two spellings, whole and, for the slow contenders, a share."""
+    for spelling, width in (("60 residues a line", 60), ("one line a sequence", None)):
+        files = {}
+        for share in (1.0, 0.02):
+            files[share] = scratch / f"{width}-{share}.fasta"
+            spell(records[: max(1, int(len(records) * share))], files[share], width)
+        yield spelling, files
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("fasta", nargs="?", type=Path, default=DATA / "pretrain" / "swissprot201401_sp50.fasta.zst")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--scratch", type=Path, default=Path.cwd(), help="a folder on the disk that part two measures")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    terminal.set_verbosity(terminal.QUIET)
+    records = [(record.name, record.residues) for record in read_records([arguments.fasta], rules=Rules())]
+    memory = Path("/dev/shm") if Path("/dev/shm").is_dir() else Path(tempfile.gettempdir())
+    result: dict[str, Any] = {"hardware": describe(), "loops": kernel.implementation(), "rounds": arguments.rounds, "parse": {}}
+    result["input"] = {"file": arguments.fasta.name, "sequences": len(records), "residues": sum(len(residues) for _, residues in records)}
+    with tempfile.TemporaryDirectory(dir=memory) as fast, tempfile.TemporaryDirectory(dir=arguments.scratch, prefix="bench-") as slow:
+        entries = contenders(Path(fast))
+        for spelling, files in inputs(arguments.fasta, Path(fast), records):
+            agree(files[0.02], entries)
+            rates = measure(files, entries, arguments.rounds)
+            others = {"limit": entries[0].name, "huggingface": entries[-1].name, "pyfastx": "pyfastx + translate"}
+            ratios = {entry.name: {key: ratio(rates, entry.name, other) for key, other in others.items()} for entry in entries}
+            result["parse"][spelling] = {"median": {name: statistics.median(values) for name, values in rates.items()}, "rounds": rates, "ratios": ratios}
+        disk_fasta = Path(slow) / "in.fasta"
+        shutil.copyfile(Path(fast) / "60-1.0.fasta", disk_fasta)
+        result["end_to_end"] = end_to_end(disk_fasta, Path(slow), arguments.rounds)
+    arguments.results.mkdir(exist_ok=True)
+    (arguments.results / "preprocess.json").write_text(json.dumps(result, indent=1) + "\n")
+    (arguments.results / "preprocess.md").write_text(report(result))
+    print(report(result))
+
+
+if __name__ == "__main__":
+    main()
