@@ -21,6 +21,7 @@ import numpy.typing as npt
 from .. import durable
 from ..errors import DataError
 from .compute import Totals
+from .hdf5_disk import new_hdf5
 from .options import STORED, Options
 from .parts import Extract, PartsFolder, read_part
 from .proteins import Window
@@ -66,7 +67,7 @@ def assemble(
 ) -> None:
     """Write the file. Raises OSError that names it, DataError for a part that was damaged since it was written."""
     with durable.new_file(options.out) as temporary:
-        with h5py.File(temporary, "w") as file:
+        with new_hdf5(temporary) as file:
             columns = _create(file, totals, options, width)
             if options.per_residue:
                 columns["offsets"].append(np.zeros(1, np.int64))

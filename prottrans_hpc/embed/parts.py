@@ -177,7 +177,7 @@ def _locked(path: Path) -> Iterator[None]:
         try:
             _lock(descriptor, path)
             if _is_still(path / _LOCK, descriptor):
-                _remove_leftovers(path)
+                remove_leftovers(path)
                 yield
                 return
         finally:
@@ -202,8 +202,8 @@ def _is_still(path: Path, descriptor: int) -> bool:
         return False
 
 
-def _remove_leftovers(path: Path) -> None:
-    """Delete what killed processes left beside the output: half-written files and doomed folders."""
+def remove_leftovers(path: Path) -> None:
+    """Delete what killed processes left beside the output of the work folder `path`: half-written files, doomed folders."""
     target = path.name.removesuffix(".parts")
     for place in path.parent.iterdir():
         if durable.is_temporary(place) and place.name.startswith((f".{target}.tmp-", f".{path.name}.tmp-")):

@@ -17,7 +17,7 @@ from . import h5file, model
 from .compute import Batching, Totals, compute_parts, plan_workers
 from .extract import Extractor
 from .options import STORED, Options, parse_request
-from .parts import check_identity, open_folder
+from .parts import check_identity, open_folder, remove_leftovers
 from .proteins import Census, read_windows, take_census
 from .records import open_input
 from .stopping import StopRequest, listening
@@ -109,9 +109,11 @@ def _finished_before(options: Options, identity: dict[str, Any]) -> dict[str, An
     faults = h5file.problems(options.out)
     if faults:
         raise DataError(f"{'; '.join(faults)}. Delete the file; the same command makes it again")
-    if (options.parts / "identity.json").exists():
+    # A kill may have come between naming the file and removing its parts.
+    if options.parts.exists():
         with open_folder(options.parts, identity):
-            durable.remove_folder(options.parts)  # a kill came between naming the file and removing its parts
+            durable.remove_folder(options.parts)
+    remove_leftovers(options.parts)
     terminal.note(f"{options.out} is complete already: nothing to do")
     return _summary(options, attributes) | {"resumed_batches": 0, "complete_before": True}
 

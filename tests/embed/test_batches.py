@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -19,13 +21,13 @@ def test_a_plan_holds_every_protein_once_within_the_budget(lengths, budget):
     bins = plan_bins(array, budget)
     assert sorted(np.concatenate([*bins, np.empty(0, np.int64)]).tolist()) == list(range(len(lengths)))
     assert all(len(rows) == 1 or array[rows].sum() <= budget for rows in bins)
-    assert all(a.min() >= b.max() for a, b in zip([array[rows] for rows in bins], [array[rows] for rows in bins[1:]], strict=False))
+    assert all(a.min() >= b.max() for a, b in itertools.pairwise([array[rows] for rows in bins]))
 
 
 def test_no_batch_could_take_the_first_protein_of_the_next():
     array = np.array([5, 3, 9, 9, 1, 4, 2, 2], np.int64)
     bins = plan_bins(array, 10)
-    assert all(array[rows].sum() + array[after[0]] > 10 for rows, after in zip(bins, bins[1:], strict=False))
+    assert all(array[rows].sum() + array[after[0]] > 10 for rows, after in itertools.pairwise(bins))
 
 
 def test_equal_lengths_keep_the_order_of_the_input():

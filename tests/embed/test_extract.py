@@ -88,7 +88,9 @@ class Overflowing(torch.nn.Module):
         return hidden
 
 
-@pytest.mark.parametrize(("value", "precision", "fails"), [(float("nan"), "fp32", True), (float("inf"), "fp16", True), (1e6, "fp16", True), (1e6, "fp32", False)])
+@pytest.mark.parametrize(
+    ("value", "precision", "fails"), [(float("nan"), "fp32", True), (float("inf"), "fp16", True), (1e6, "fp16", True), (1e6, "fp32", False)]
+)
 @pytest.mark.parametrize("mean", [True, False])
 def test_numbers_that_cannot_be_stored_fail_their_protein_alone(loaded, value, precision, fails, mean):
     changed = dataclasses.replace(loaded, module=Overflowing(loaded, value))

@@ -1,0 +1,33 @@
+"""An extraction that is killed anywhere and run again gives the bytes of one that was left alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def sweep(tmp_path: Path, repository: Path, checkpoint: Path, fasta: Path, num_random: int) -> dict[str, float]:
+    program = Path(__file__).with_name("kill_sweep.py")
+    environment = os.environ | {"PYTHONPATH": str(repository), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, program, tmp_path, checkpoint, fasta, str(num_random)], env=environment, capture_output=True, text=True, timeout=1500
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_killed_before_each_touch_of_the_file_system_and_at_random_moments(tmp_path, repository, tiny_checkpoint, fasta, proteins):
+    fasta.write_text("".join(f">{name}\n{residues}\n" for name, residues in proteins[:24]))
+    told = sweep(tmp_path, repository, tiny_checkpoint, fasta, 3)
+    assert told["kills"] >= 50
+    assert told["kills_with_parts"] >= 20
+
+
+@pytest.mark.slow
+def test_killed_at_many_more_moments(tmp_path, repository, tiny_checkpoint, fasta):
+    assert sweep(tmp_path, repository, tiny_checkpoint, fasta, 60)["kills"] >= 100
