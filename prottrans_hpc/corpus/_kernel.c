@@ -293,6 +293,29 @@ static PyObject *count(PyObject *self, PyObject *args) {
     Py_RETURN_NONE;
 }
 
+static PyObject *collect(PyObject *self, PyObject *args) {
+    Py_buffer data, firsts, lasts, out;
+    if (!PyArg_ParseTuple(args, "y*y*y*w*", &data, &firsts, &lasts, &out)) return NULL;
+    const int64_t *first = firsts.buf, *last = lasts.buf, count = firsts.len / 8;
+    int64_t room = out.len;
+    int fits = lasts.len / 8 == count;
+    for (int64_t i = 0; fits && i < count; i++) {
+        fits = first[i] >= 0 && first[i] <= last[i] && last[i] <= data.len && last[i] - first[i] <= room;
+        room -= last[i] - first[i];
+    }
+    if (fits) {
+        Py_BEGIN_ALLOW_THREADS
+        u8 *to = out.buf;
+        for (int64_t i = 0; i < count; to += last[i] - first[i], i++) memcpy(to, (const u8 *)data.buf + first[i], last[i] - first[i]);
+        Py_END_ALLOW_THREADS
+    } else {
+        PyErr_SetString(PyExc_ValueError, "collect: a span lies outside the data, or the spans do not fit into out");
+    }
+    PyBuffer_Release(&data); PyBuffer_Release(&firsts); PyBuffer_Release(&lasts); PyBuffer_Release(&out);
+    if (!fits) return NULL;
+    Py_RETURN_NONE;
+}
+
 static int spans_fit(const int64_t *starts, const int64_t *lengths, const int64_t *out_starts, int64_t count, int64_t size, int64_t out_size) {
     for (int64_t i = 0; i < count; i++) {
         int64_t n = lengths[i];
@@ -363,6 +386,7 @@ static PyMethodDef methods[] = {
     {"digest", digest, METH_VARARGS, "digest(data, offsets, person, out): BLAKE2b-128 of each data[offsets[i]:offsets[i + 1]]"},
     {"count", count, METH_VARARGS, "count(data, counts): add how often each byte occurs"},
     {"gather", gather, METH_VARARGS, "gather(residues, starts, lengths, table, out, out_starts): out[out_starts[i]:] = table[residues[starts[i]:][:lengths[i]]]"},
+    {"collect", collect, METH_VARARGS, "collect(data, firsts, lasts, out): copy data[firsts[i]:lasts[i]] end to end into out"},
     {"select_path", select_path, METH_VARARGS, "select_path(best) -> name of the path now in use"},
     {NULL, NULL, 0, NULL}};
 

@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from .. import durable
 from ..errors import ConfigError, DataError
+from . import kernel
 from .index import ShardEntry, shard_name
 from .pieces import Piece, Rows, Totals, runs, write_all
 from .shard import ShardSizes, create_shard
@@ -200,18 +201,23 @@ def _write_at(file: Any, data: memoryview, place: int) -> int:
 
 
 def _joined(data: npt.NDArray[np.uint8], starts: npt.NDArray[Any], lengths: npt.NDArray[Any]) -> Iterator[memoryview]:
-    """The bytes of some spans end to end, in blocks; without a copy where spans adjoin."""
-    view, block, size = data.data, [], 0
-    for start, end in runs(starts, lengths):
-        for begin in range(start, end, _BLOCK):
-            part = view[begin : min(begin + _BLOCK, end)]
-            block.append(part)
-            size += len(part)
-            if size >= _BLOCK:
-                yield block[0] if len(block) == 1 else memoryview(b"".join(block))
-                block, size = [], 0
-    if block:
-        yield memoryview(b"".join(block))
+    """The bytes of some spans end to end, in blocks that the next one overwrites."""
+    firsts, lasts = runs(starts, lengths)
+    sums = np.cumsum(lasts - firsts)
+    buffer = np.empty(0, np.uint8)
+    done = 0
+    while done < len(firsts):
+        before = int(sums[done - 1]) if done else 0
+        # As many spans as fit into a block, and at least one.
+        stop = max(done + 1, int(np.searchsorted(sums, before + _BLOCK, "right")))
+        size = int(sums[stop - 1]) - before
+        if stop == done + 1:
+            yield from (data.data[a : min(a + _BLOCK, int(lasts[done]))] for a in range(int(firsts[done]), int(lasts[done]), _BLOCK))
+        else:
+            buffer = buffer if len(buffer) >= size else np.empty(_BLOCK, np.uint8)
+            kernel.collect(data, firsts[done:stop], lasts[done:stop], buffer)
+            yield buffer.data[:size]
+        done = stop
 
 
 def _hash_rest(file: Any, sha256: Any, place: int) -> None:

@@ -101,6 +101,11 @@ def count(data: U8) -> I64:
     return counts
 
 
+def collect(data: U8, firsts: I64, lasts: I64, out: U8) -> None:
+    """Copy the spans data[firsts[i]:lasts[i]] end to end into `out`. Raises ValueError when one lies outside, or `out` is too small."""
+    (_c or kernel_python).collect(data, firsts, lasts, out)
+
+
 def gather(residues: npt.NDArray[Any], starts: I64, lengths: I64, table: bytes, out: I64, out_starts: I64) -> None:
     """out[out_starts[i] + j] = table[residues[starts[i] + j]] for j < lengths[i]; releases the GIL.
 

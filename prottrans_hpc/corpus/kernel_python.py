@@ -121,6 +121,15 @@ def digest(data: U8, offsets: I64, person: bytes, out: npt.NDArray[np.uint64]) -
     out[:] = np.frombuffer(digests, "<u8").reshape(-1, 2)
 
 
+def collect(data: U8, firsts: I64, lasts: I64, out: U8) -> None:
+    """See kernel.collect."""
+    view = data.data
+    if len(firsts) != len(lasts) or ((firsts < 0) | (lasts < firsts) | (lasts > len(data))).any() or (lasts - firsts).sum() > len(out):
+        raise ValueError("collect: a span lies outside the data, or the spans do not fit into out")
+    joined = b"".join([view[first:last] for first, last in zip(firsts.tolist(), lasts.tolist(), strict=True)])
+    out[: len(joined)] = np.frombuffer(joined, np.uint8)
+
+
 def gather(residues: Any, starts: Any, lengths: Any, table: bytes, out: Any, out_starts: Any) -> None:
     """See kernel.gather."""
     fits = len(starts) == len(lengths) == len(out_starts) and len(table) == 256

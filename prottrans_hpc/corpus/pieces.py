@@ -8,7 +8,6 @@ a later one, so they need no fsync and no checksum.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,20 +89,18 @@ def totals_of(rows: Rows, num_splits: int) -> tuple[Totals, ...]:
     return tuple(Totals(len(part), *(int(part[column].sum(dtype=np.int64)) for column in ("length", "name_length"))) for part in parts)
 
 
-def runs(starts: npt.NDArray[Any], lengths: npt.NDArray[Any]) -> Iterator[tuple[int, int]]:
-    """The spans [start, start + length) joined where one begins at the end of the one before."""
-    if len(starts) == 0:
-        return
+def runs(starts: npt.NDArray[Any], lengths: npt.NDArray[Any]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Begin and end of the spans [start, start + length), joined where one begins at the end of the one before."""
     starts, ends = starts.astype(np.int64), starts.astype(np.int64) + lengths
     breaks = np.flatnonzero(starts[1:] != ends[:-1]) + 1
     firsts, lasts = np.concatenate(([0], breaks)), np.concatenate((breaks, [len(starts)])) - 1
-    yield from zip(starts[firsts].tolist(), ends[lasts].tolist(), strict=True)
+    return starts[firsts[: len(starts)]], ends[lasts[: len(starts)]]
 
 
 def count_rows(residues: npt.NDArray[np.uint8], rows: Rows) -> npt.NDArray[np.int64]:
     """How often each byte occurs in the residues of some rows."""
     counts = np.zeros(256, np.int64)
-    for start, end in runs(rows["start"], rows["length"]):
+    for start, end in zip(*runs(rows["start"], rows["length"]), strict=True):
         counts += kernel.count(residues[start:end])
     return counts
 

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from .alphabet import Rules
 
+_SHORT = 4096
 PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
 
 
@@ -23,24 +24,34 @@ class Tally:
     """[256]: input bytes that were replaced, removed or invalid, in all records read."""
     letters: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(256, np.int64))
     """[256]: residues of the records kept."""
-    lengths: Counter[int] = field(default_factory=Counter)
-    """{length: sequences} of the records kept."""
+    short: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(_SHORT, np.int64))
+    """[_SHORT]: sequences of each length below _SHORT, of the records kept."""
+    long: Counter[int] = field(default_factory=Counter)
+    """{length: sequences} of the others, which are few."""
     problems: Counter[str] = field(default_factory=Counter)
     """{kind: records}: empty, nameless, invalid, left_out, not_in_clusters."""
 
     def add_lengths(self, lengths: npt.NDArray[Any], sign: int = 1) -> None:
         """Count sequences by length."""
-        values, counts = np.unique(lengths, return_counts=True)
-        for value, num in zip(values.tolist(), counts.tolist(), strict=True):
-            self.lengths[value] += sign * num
+        self.short += sign * np.bincount(lengths[lengths < _SHORT], minlength=_SHORT)
+        for value in lengths[lengths >= _SHORT].tolist():
+            self.long[value] += sign
 
     def add(self, other: Tally) -> None:
         """Add another worker's sums."""
         self.counted += other.counted
         self.letters += other.letters
-        for mine, theirs in ((self.lengths, other.lengths), (self.problems, other.problems)):
-            for key, num in theirs.items():
-                mine[key] += num  # type: ignore[index]
+        self.short += other.short
+        for length, num in other.long.items():
+            self.long[length] += num
+        for kind, num in other.problems.items():
+            self.problems[kind] += num
+
+    def lengths(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """The lengths that occur, ascending, and the sequences of each."""
+        found = {length: num for length, num in enumerate(self.short.tolist()) if num} | {length: num for length, num in self.long.items() if num}
+        values = np.array(sorted(found), np.int64)
+        return values, np.array([found[length] for length in values.tolist()], np.int64)
 
 
 def summed(tallies: Iterable[Tally]) -> Tally:
@@ -53,9 +64,7 @@ def summed(tallies: Iterable[Tally]) -> Tally:
 
 def describe(tally: Tally, rules: Rules) -> dict[str, Any]:
     """The part of index.json that counts: lengths, residues, changes."""
-    lengths = sorted((length, num) for length, num in tally.lengths.items() if num)
-    values = np.array([length for length, _ in lengths], np.int64)
-    counts = np.array([num for _, num in lengths], np.int64)
+    values, counts = tally.lengths()
     left_out = {key: num for key, num in sorted(tally.problems.items()) if num and key != "not_in_clusters"}
     return {
         "residue_counts": {chr(byte): int(num) for byte, num in enumerate(tally.letters) if num},

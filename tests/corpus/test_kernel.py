@@ -215,3 +215,23 @@ def test_gather_reads_a_mapped_file(tmp_path: object, each_kernel: str) -> None:
     table = bytes(255 - byte for byte in range(256))
     kernel.gather(np.memmap(path, np.uint8, "r"), np.array([6]), np.array([600]), table, out, np.array([0]))
     assert out.tolist() == [255 - byte for byte in b"MKVLAW" * 100]
+
+
+# ---- collect ----
+
+
+@given(data=st.binary(max_size=100), cuts=st.lists(st.tuples(st.integers(0, 100), st.integers(0, 100)), max_size=12))
+def test_collect_joins_spans_on_every_path(data: bytes, cuts: list[tuple[int, int]]) -> None:
+    spans = [(min(a, b, len(data)), min(max(a, b), len(data))) for a, b in cuts]
+    firsts, lasts = np.array([a for a, _ in spans], np.int64), np.array([b for _, b in spans], np.int64)
+    expected = b"".join(data[a:b] for a, b in spans)
+    for function in (kernel.collect, kernel_python.collect):
+        out = np.zeros(len(expected) + 3, np.uint8)
+        function(np.frombuffer(data, np.uint8), firsts, lasts, out)
+        assert out.tobytes() == expected + bytes(3)
+
+
+@pytest.mark.parametrize(("first", "last", "room"), [(0, 11, 20), (-1, 3, 20), (5, 4, 20), (0, 5, 4), (2**62, 2**62 + 1, 20)])
+def test_collect_refuses_spans_outside(first: int, last: int, room: int, each_kernel: str) -> None:
+    with pytest.raises(ValueError, match="collect"):
+        kernel.collect(np.zeros(10, np.uint8), np.array([first]), np.array([last]), np.zeros(room, np.uint8))
