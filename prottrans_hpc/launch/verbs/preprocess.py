@@ -38,7 +38,7 @@ def preprocess(
 ) -> None:
     """Turn FASTA files or folders of them (plain, .gz, .zst, .bz2, .xz) into CORPUS, a folder of shards that `pretrain` reads.
 
-    One token a residue, upper case; B, O, U and Z become X as in the papers. Nothing is visible under CORPUS before it is whole.
+    One token a residue, upper case; B, O, U and Z become X as in the papers. CORPUS is whole when its index.json is there, which is written last.
     """
     if mpi and workers:
         raise click.UsageError("--workers and --mpi exclude each other: with --mpi the ranks are the workers")
