@@ -7,7 +7,13 @@ ARITHMETIC = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 
 setup(
     ext_modules=[
-        Extension("prottrans_hpc.corpus._kernel", ["prottrans_hpc/corpus/_kernel.c"], optional=True, extra_compile_args=["-O3"]),
+        Extension(
+            "prottrans_hpc.corpus._kernel",
+            ["prottrans_hpc/corpus/_kernel.c"],
+            depends=["prottrans_hpc/corpus/_blake2b.h"],
+            optional=True,
+            extra_compile_args=["-O3"],
+        ),
         Extension(
             "prottrans_hpc.train._lamb",
             ["prottrans_hpc/train/_lamb.c"],

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__, durable, terminal
-from ..errors import DataError, IdentityError
+from ..errors import ConfigError, DataError, IdentityError
 from . import statistics
 from .assembly import num_shards, plan_shards, write_shard
 from .checking import problems_of
@@ -63,7 +63,9 @@ def build(options: BuildOptions, pool: Pool) -> Index:
 
 
 def _holdout(options: BuildOptions, work: Path) -> tuple[Holdout, dict[str, Any] | None]:
-    if options.clusters is None or options.validation <= 0:
+    if options.clusters is not None and options.validation <= 0:
+        raise ConfigError("a cluster file says what to hold out together, but nothing is to be held out: give --validation a share above 0")
+    if options.clusters is None:
         return Holdout(options.validation, None), None
     table = pieces_folder(work) / "clusters"
     source, sha256 = build_clusters(options.clusters, table, options.validation)

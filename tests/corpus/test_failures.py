@@ -235,6 +235,32 @@ def test_two_commands_cannot_make_one_corpus(tmp_path: Path, fasta: Path) -> Non
         stage.run_stage("preprocess", request(fasta, tmp_path / "out"))
 
 
+# ---- large ----
+
+
+def lengthy(path: Path) -> None:
+    with path.open("wb") as file:
+        file.write(b">a\n")
+        for _ in range(100):
+            file.write(b"MKVLAWSTND" * 100_000)
+
+
+def numerous(path: Path) -> None:
+    with path.open("wb") as file:
+        for start in range(0, 3_000_000, 100_000):
+            file.write(b"".join(b">%d\nM\n" % number for number in range(start, start + 100_000)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [lengthy, numerous])
+def test_memory_stays_below_a_gibibyte(tmp_path: Path, program: Path, make: Callable[[Path], None]) -> None:
+    make(tmp_path / "in.fasta")
+    process = start(program, request(tmp_path / "in.fasta", tmp_path / "out") | {"shards": 1, "validation": 0.0})
+    _, status, usage = os.wait4(process.pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+    assert usage.ru_maxrss < 1 << 20, "KiB"
+
+
 # ---- full ----
 
 

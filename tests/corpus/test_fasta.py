@@ -74,9 +74,9 @@ def test_lines_go_on_over_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert lines_of_name(inspect(path), proteins[250][0]) == [lines[250]]
 
 
-_PIECES = st.lists(
-    st.sampled_from([b">a", b">bb x", b"\n", b"\r\n", b"M", b"MKVLAW", b" ", b">c\nMKV\n", b"\n>", b"*"]), min_size=1, max_size=25
-).map(lambda pieces: b">first\n" + b"".join(pieces))
+_PIECES = st.lists(st.sampled_from([b">a", b">bb x", b"\n", b"\r\n", b"M", b"MKVLAW", b" ", b">c\nMKV\n", b"\n>", b"*"]), min_size=1, max_size=25).map(
+    lambda pieces: b">first\n" + b"".join(pieces)
+)
 
 
 @given(text=_PIECES, size=st.integers(1, 40), block=st.integers(2, 40), lines=st.booleans())

@@ -99,6 +99,12 @@ def test_a_member_of_two_clusters_that_part_is_an_error(tmp_path: Path, fasta: P
         build_corpus(fasta, validation=0.5, clusters=path)
 
 
+def test_clusters_without_validation_are_a_usage_error(tmp_path: Path, proteins: Records, fasta: Path, build_corpus: Build) -> None:
+    table(tmp_path / "clusters.tsv", proteins)
+    with pytest.raises(ConfigError, match="nothing is to be held out"):
+        build_corpus(fasta, clusters=tmp_path / "clusters.tsv")
+
+
 def test_a_missing_table_is_a_usage_error(tmp_path: Path, fasta: Path, build_corpus: Build) -> None:
     with pytest.raises(ConfigError, match="no cluster file"):
         build_corpus(fasta, validation=0.2, clusters=tmp_path / "nothing.tsv")
