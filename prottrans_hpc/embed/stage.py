@@ -122,7 +122,7 @@ def _report(options: Options, totals: Totals, attributes: dict[str, Any]) -> dic
     if totals.num_resumed:
         terminal.note(f"{totals.num_resumed:,} batches were taken from an earlier run")
     if totals.num_failed:
-        terminal.warn(_failures(totals))
+        terminal.warn(f"{_failures(totals)}\n  (the file lists them all, in failed_names and failed_reasons)")
     width = attributes["width"]
     terminal.note(
         f"{options.out}: {totals.num_embedded:,} of {attributes['num_proteins']:,} proteins embedded, {totals.num_failed:,} failed, {width} numbers each"
@@ -131,10 +131,10 @@ def _report(options: Options, totals: Totals, attributes: dict[str, Any]) -> dic
 
 
 def _failures(totals: Totals) -> str:
-    listed = "; ".join(totals.examples)
-    more = totals.num_failed - len(totals.examples)
-    rest = f"; and {more:,} more, all listed in the file's failed_names and failed_reasons" if more else ""
-    return f"{totals.num_failed:,} protein{'s' if totals.num_failed > 1 else ''} could not be embedded: {listed}{rest}"
+    lines = [f"{totals.num_failed:,} protein{'s' if totals.num_failed > 1 else ''} could not be embedded:", *totals.examples]
+    if totals.num_failed > len(totals.examples):
+        lines.append(f"and {totals.num_failed - len(totals.examples):,} more")
+    return "\n  ".join(lines)
 
 
 def _summary(options: Options, attributes: dict[str, Any]) -> dict[str, Any]:

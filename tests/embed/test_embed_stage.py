@@ -119,8 +119,8 @@ def test_every_protein_is_embedded_or_failed_exactly_once(embed, fasta, proteins
     assert reasons[b"empty"] == reasons[b"stops"] == b"the record has no residues"
     assert replaced or (reasons[b"jay"], reasons[b"digits"]) == (b"the character 'J' is no residue", b"the character '1' is no residue")
     said = capsys.readouterr().err
-    assert f"{len(odd)} proteins could not be embedded: " in said
-    assert "long: 3,000 residues" in said
+    assert f"{len(odd)} proteins could not be embedded:\n  " in said
+    assert "\n  long: 3,000 residues" in said
     assert f"1 name occurs more than once, the first is {records[3][0].decode()}" in said
     same = [place for place, name in enumerate(found["names"]) if name == records[3][0]]
     assert len(same) == 3
@@ -242,7 +242,7 @@ def test_a_flipped_bit_in_the_finished_file_is_found(embed):
 def test_nothing_at_all_embedded_leaves_no_file(embed, fasta, tmp_path):
     fasta.write_text(">a\nJJ\n>b\n\n")
     with pytest.raises(
-        errors.DataError, match=r"none of the 2 proteins could be embedded.*a: the character 'J' is no residue; b: the record has no residues"
+        errors.DataError, match=r"none of the 2 proteins could be embedded[\s\S]*a: the character 'J' is no residue\n  b: the record has no residues"
     ) as caught:
         embed()
     assert caught.value.exit_code == 65
