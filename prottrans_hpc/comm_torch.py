@@ -146,10 +146,12 @@ _LOST = (
 
 def is_lost_peer(error: BaseException) -> bool:
     """Whether an error means that another rank is gone: gloo raises bare RuntimeErrors, told apart by their text alone."""
-    if isinstance(error, dist.DistError) and not isinstance(error, torch.OutOfMemoryError):
+    if isinstance(error, (dist.DistError, ConnectionError)):
         return True
+    if isinstance(error, (torch.OutOfMemoryError, OSError)):
+        return False
     text = str(error).lower()
-    return isinstance(error, RuntimeError) and any(mark in text for mark in _LOST)
+    return any(mark in text for mark in _LOST)
 
 
 def _bytes_tensor(content: bytes, size: int) -> Tensor:
