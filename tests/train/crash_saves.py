@@ -92,6 +92,7 @@ def main() -> None:
         touches.append(os.read(reader, 100).decode())
         os.close(reader)
         results.append(newest(run))
+        assert [checkpoint.problems(run.checkpoint(step)) for step in run.checkpoint_steps() if checkpoint.problems(run.checkpoint(step))] == []
         retention.remove_leftovers(run)
         assert [path.name for path in run.checkpoints.iterdir() if path.name.startswith(".")] == []
         save(run, 4)  # the next start goes on
