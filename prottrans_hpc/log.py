@@ -1,7 +1,8 @@
 """Logging of the ranks: one file a node, written by all its ranks with whole-record appends; rank 0 speaks to the terminal too.
 
-Local rank 0 logs everything from INFO on; the other ranks of a node only warnings and errors. No rank has a file of
-its own: thousands of small files hurt a shared file system. A full disk or a closed terminal never stops training.
+Rank 0 and local rank 0 of each node (an MPI starter need not make them the same) log from INFO on, the others only
+warnings and errors. No rank has a file of its own: thousands of small files hurt a shared file system. A full disk or
+a closed terminal never stops training.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ _LONGEST_LINE = 4000
 
 
 class RecordFormatter(logging.Formatter):
-    """`time level rank logger: message`, and a traceback below it, indented; control characters escaped throughout."""
+    """`time level host rank logger: message`; further lines are indented, so that no text can pass for a record of its own."""
 
     def __init__(self, context: RankContext) -> None:
         super().__init__()
@@ -30,10 +31,13 @@ class RecordFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """One record, possibly several lines, each safe to show."""
         when = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z"
-        lines = [f"{when} {record.levelname} {self._who} {record.name}: {terminal.printable(record.getMessage(), _LONGEST_LINE)}"]
-        if record.exc_info:
-            lines += [f"  {terminal.printable(line, _LONGEST_LINE)}" for line in self.formatException(record.exc_info).splitlines()]
-        return "\n".join(lines)
+        text = record.getMessage() + ("\n" + self.formatException(record.exc_info) if record.exc_info else "")
+        return f"{when} {record.levelname} {self._who} {record.name}: {safe_lines(text)}"
+
+
+def safe_lines(text: str) -> str:
+    """Text with its control characters escaped, but for its line breaks, after which it is indented."""
+    return "\n  ".join(terminal.printable(line, _LONGEST_LINE) for line in text.rstrip("\n").split("\n"))
 
 
 class AppendHandler(logging.Handler):
@@ -67,7 +71,7 @@ class TerminalHandler(logging.Handler):
         """Show one message; a closed terminal is no reason to stop."""
         if record.levelno < logging.WARNING and terminal.verbosity() < terminal.NORMAL:
             return
-        message = terminal.printable(record.getMessage(), _LONGEST_LINE)
+        message = safe_lines(record.getMessage())
         with contextlib.suppress(OSError, ValueError):
             print(f"{record.levelname.lower()}: {message}" if record.levelno >= logging.WARNING else message, file=sys.stderr, flush=True)
 
@@ -78,12 +82,12 @@ def setup(run_dir: RunDir, context: RankContext) -> None:
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     handlers: list[logging.Handler] = [AppendHandler(path)]
     handlers[0].setFormatter(RecordFormatter(context))
-    handlers[0].setLevel(logging.INFO if context.is_node_main else logging.WARNING)
+    handlers[0].setLevel(logging.INFO if context.is_node_main or context.is_main else logging.WARNING)
     if context.is_main:
         handlers.append(TerminalHandler())
     logging.captureWarnings(True)
     root = logging.getLogger()
-    for old in root.handlers[:]:
+    for old in [handler for handler in root.handlers if isinstance(handler, (AppendHandler, TerminalHandler))]:
         root.removeHandler(old)
         old.close()
     for handler in handlers:
