@@ -218,8 +218,18 @@ def test_validation_is_the_same_every_time_and_for_every_world_size(small_corpus
     assert seen(recipe, world_size) == expected
     assert [number for number, *_ in expected] == list(range(25)) and validation.num_sequences > 25
     assert max(len(tokens) for _, tokens, *_ in expected) <= 402
-    # Of the training masks, none is used again.
     assert seen(make_recipe("seed=6"), 1) != expected
+
+
+def test_validation_uses_no_mask_of_training(small_corpus):
+    """The same sequences under the same numbers in the first epochs of training are masked otherwise."""
+    validation = Corpus(read_index(small_corpus), "validation")
+    recipe = make_recipe(f"phases=[{{steps = 3, max_residues = 40000, global_batch_size = {validation.num_sequences}}}]")
+    batches = validation_batches(validation, recipe, VOCABULARY, rank=0, world_size=1)
+    for step in steps_of(validation, recipe):
+        training = {number: tokens for number, tokens, *_ in seen_in([step])}
+        for number, tokens, *_ in seen_in([dataclasses.replace(step, micro_batches=tuple(batches))]):
+            assert len(tokens) == len(training[number]) and tokens != training[number]
 
 
 def test_validation_can_be_cut_and_can_be_empty(small_corpus):
