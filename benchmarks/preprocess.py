@@ -248,7 +248,7 @@ def report(result: dict[str, Any]) -> str:
     cores = result["hardware"]["cores"]
     lines += [
         "",
-        f"A worker spends a CPU-second on {whole['mb_per_cpu_s']:,.0f} MB of FASTA, most of it on the two SHA-256 and on the kernel's copies: so fast a disk",
+        f"A worker spends a CPU-second on {whole['mb_per_cpu_s']:,.0f} MB of FASTA: so fast a disk",
         f"one worker keeps up with, N workers with one N times as fast. {whole['bytes_per_residue']:.3f} bytes a residue on disk.",
         f"The clock ran with a load average of {whole['load_average']:.1f} on {cores} cores: above {cores} its seconds hold other people's work, too.",
         "",
