@@ -196,7 +196,6 @@ class TorchModel:
         self._sums: list[tuple[dist.Work, Tensor]] = []
         self.module = DistributedDataParallel(
             _Callee(module),
-            device_ids=[comm.device.index] if comm.device.type == "cuda" else None,
             bucket_cap_mb=bucket_mib,
             gradient_as_bucket_view=True,
             **_NO_BUFFER_SYNC,

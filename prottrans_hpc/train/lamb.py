@@ -16,6 +16,7 @@ dozen operations is what costs, and multi-tensor operations for GPUs, where star
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -25,6 +26,9 @@ from torch import Tensor
 from .. import recipe
 from . import kernel
 from .optim import decays, load_into
+
+_PIECE = 1 << 16
+"""Elements that the loop takes at once: six arrays of this size fit into a core's own cache."""
 
 
 @dataclass(frozen=True)
@@ -124,19 +128,34 @@ def update_by_kernel(slots: list[Slot], update: Update) -> None:
 
 
 def update_by_loop(slots: list[Slot], update: Update) -> None:
-    """One tensor after another, so that what one operation leaves in the cache serves the next."""
+    """One piece of a tensor after another, so that what one operation leaves in the cache serves the next."""
+    longest = max(slot.parameter.numel() for slot in slots)
+    first = slots[0].parameter
+    directions, scratch = torch.empty(longest, dtype=first.dtype, device=first.device), torch.empty(_PIECE, dtype=first.dtype, device=first.device)
     for slot in slots:
-        scaled = gradient(slot) * update.gradient_factor
-        slot.exp_avg.mul_(update.beta1).add_(scaled, alpha=1.0 - update.beta1)
-        slot.exp_avg_sq.mul_(update.beta2).addcmul_(scaled, scaled, value=1.0 - update.beta2)
-        denominator = (slot.exp_avg_sq * update.inverse_correction2).sqrt_().add_(update.epsilon)
-        direction = torch.div(slot.exp_avg * update.inverse_correction1, denominator, out=denominator)
-        ratio = 1.0
+        _update_one(slot, update, directions[: slot.parameter.numel()], scratch)
+
+
+def _update_one(slot: Slot, update: Update, directions: Tensor, scratch: Tensor) -> None:
+    # Copies only where a tensor is not contiguous; then the results are copied back below.
+    x, g, m, v = (t.reshape(-1) for t in (slot.parameter, gradient(slot), slot.exp_avg, slot.exp_avg_sq))
+    squares = [0.0, 0.0]
+    for start in range(0, len(x), _PIECE):
+        piece = slice(start, start + _PIECE)
+        direction, scaled = directions[piece], scratch[: len(x[piece])]
+        torch.mul(g[piece], update.gradient_factor, out=scaled)
+        m[piece].mul_(update.beta1).add_(scaled, alpha=1.0 - update.beta1)
+        v[piece].mul_(update.beta2).addcmul_(scaled, scaled, value=1.0 - update.beta2)
+        torch.mul(v[piece], update.inverse_correction2, out=scaled).sqrt_().add_(update.epsilon)
+        torch.mul(m[piece], update.inverse_correction1, out=direction).div_(scaled)
         if slot.adapts:
-            direction.add_(slot.parameter, alpha=update.weight_decay)
-            weight_norm, norm = (float(torch.linalg.vector_norm(t, dtype=torch.float64).item()) for t in (slot.parameter, direction))
-            ratio = weight_norm / norm if weight_norm != 0.0 and norm != 0.0 else 1.0
-        slot.parameter.add_(direction, alpha=-update.learning_rate * ratio)
+            direction.add_(x[piece], alpha=update.weight_decay)
+            squares = [total + float(torch.dot(part, part)) for total, part in zip(squares, (x[piece], direction), strict=True)]
+    ratio = math.sqrt(squares[0] / squares[1]) if slot.adapts and all(squares) else 1.0
+    x.add_(directions, alpha=-update.learning_rate * ratio)
+    for tensor, flat in ((slot.parameter, x), (slot.exp_avg, m), (slot.exp_avg_sq, v)):
+        if flat.data_ptr() != tensor.data_ptr():
+            tensor.copy_(flat.view(tensor.shape))
 
 
 def update_by_foreach(slots: list[Slot], update: Update) -> None:
