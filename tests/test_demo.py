@@ -15,7 +15,7 @@ from prottrans_hpc import run_dir
 STEPS = 24
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(2400)
 def test_the_demo_preempts_resumes_and_embeds(repository, tmp_path):
     demo = tmp_path / "demo"
     venv = Path(sys.executable).parent.parent
@@ -24,7 +24,7 @@ def test_the_demo_preempts_resumes_and_embeds(repository, tmp_path):
         env=os.environ | {"DEMO": str(demo), "VENV": str(venv)},
         capture_output=True,
         text=True,
-        timeout=800,
+        timeout=2000,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     metrics = [json.loads(line) for line in (demo / "run" / "metrics.jsonl").read_text().splitlines()]

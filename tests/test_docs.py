@@ -86,7 +86,7 @@ def run_block(block: Block, cwd: Path, environment: dict[str, str]) -> None:
     commands = commands_of(block)
     # A status line behind each command; the status itself is kept for `echo $?`.
     script = "".join(f'{command.text}\n_code=$?; printf "\\036%d\\n" "$_code"; (exit "$_code")\n' for command in commands)
-    done = subprocess.run(["bash", "-c", script], cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=400)
+    done = subprocess.run(["bash", "-c", script], cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=1500)
     pieces = _STATUS.split(done.stdout)
     outputs, codes = pieces[0::2], [int(code) for code in pieces[1::2]]
     if len(codes) != len(commands):
@@ -135,7 +135,7 @@ def reader(tmp_path_factory):
     return folder, os.environ | {"PATH": path, "PYTHONPATH": f"{REPOSITORY}:{site}", "COLUMNS": "100", "OMP_NUM_THREADS": "1"}
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(3000)
 @pytest.mark.parametrize("page", pages(), ids=lambda path: str(path.relative_to(REPOSITORY)))
 def test_the_commands_of_a_page_do_what_it_says(page, reader):
     folder, environment = reader
