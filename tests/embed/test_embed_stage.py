@@ -8,6 +8,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -393,3 +394,26 @@ def test_sigterm_ends_the_command_with_75(prottrans, tiny_checkpoint, repository
     assert process.returncode == 75, said
     assert "stopped by SIGTERM" in said
     assert not (tmp_path / "out.h5").exists()
+
+
+MEASURE = """
+import json, resource, sys
+from prottrans_hpc.stage import run_stage
+run_stage("embed", json.loads(sys.argv[1]))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_number_of_proteins(tiny_checkpoint, repository, small_fasta, tmp_path):
+    """Per-residue vectors of 10,000 proteins are 650 MiB; of 600 they are 40."""
+    peaks = []
+    for fasta in (small_fasta, repository / "data" / "swissprot201401_sp50_sample10k.fasta.zst"):
+        out = tmp_path / f"{len(peaks)}.h5"
+        request = {"source": str(tiny_checkpoint), "fasta": [str(fasta)], "out": str(out), "per_residue": True, "pool": "mean", "precision": "fp32"}
+        request |= {"bin_residues": 16_384, "device": "cpu", "invalid": "error", "json": False}
+        environment = os.environ | {"PYTHONPATH": str(repository)}
+        done = subprocess.run([sys.executable, "-c", MEASURE, json.dumps(request)], env=environment, capture_output=True, text=True, check=True)
+        peaks.append(int(done.stdout) / 1024)
+    assert out.stat().st_size > 600 << 20
+    assert peaks[1] - peaks[0] < 200
