@@ -7,6 +7,7 @@ import contextlib
 import inspect
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from datetime import timedelta
@@ -54,6 +55,10 @@ def _use_loopback() -> None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", names[0])
 
 
+_LETTING_GO_S = 5.0
+"""Longest wait at the end for gloo's threads, which need some microseconds unless the machine is overloaded."""
+
+
 class TorchComm:
     """The default process group."""
 
@@ -64,14 +69,20 @@ class TorchComm:
         self.world_size = context.world_size
         self.device = device
         self.timeout_s = timeout_s
-        # gloo's thread lets go of a tensor a moment after the waiting thread has gone on. Were it the last to hold a
-        # Python object, it would need the interpreter's lock, and abort the process if that is shutting down by then.
-        self._in_use: tuple[Tensor, ...] = ()
+        self._held: list[Tensor] = []
+
+    def hold(self, *tensors: Tensor) -> None:
+        """Keep what a collective works on until the back end has let go of it, which it does a moment after the collective.
+
+        Were its thread the last to hold a tensor that Python has dropped, it would need the interpreter's lock, and abort
+        the process if the interpreter is shutting down by then.
+        """
+        self._held = [tensor for tensor in self._held if _is_held_elsewhere(tensor)] + list(tensors)
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
         """The sum over ranks; gloo's and NCCL's order of summation depends on size and world size only."""
         result = tensor.detach().to(self.device, copy=True)
-        self._in_use = (result,)
+        self.hold(result)
         with self.watching("an all-reduce"):
             dist.all_reduce(result)
         return result.to(tensor.device)
@@ -87,7 +98,7 @@ class TorchComm:
         with self.watching("a broadcast"):
             dist.broadcast(size, src=0)
             buffer = _bytes_tensor(content, int(size.item())).to(self.device)
-            self._in_use = (size, buffer)
+            self.hold(size, buffer)
             dist.broadcast(buffer, src=0)
         return decode(_content(buffer, int(size.item())))
 
@@ -99,7 +110,7 @@ class TorchComm:
             dist.all_gather_single(sizes, size)
             longest = int(sizes.max().item())
             buffer, gathered = _bytes_tensor(content, longest).to(self.device), torch.empty(self.world_size * longest, dtype=torch.uint8, device=self.device)
-            self._in_use = (size, sizes, buffer, gathered)
+            self.hold(size, sizes, buffer, gathered)
             dist.all_gather_single(gathered, buffer)
         rows = gathered.view(self.world_size, longest)
         return [decode(_content(row, int(size))) for row, size in zip(rows, sizes.tolist(), strict=True)]
@@ -113,6 +124,9 @@ class TorchComm:
 
     def close(self) -> None:
         """Without this a process can abort at exit."""
+        deadline = time.monotonic() + _LETTING_GO_S
+        while any(_is_held_elsewhere(tensor) for tensor in self._held) and time.monotonic() < deadline:
+            time.sleep(0.001)
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -193,14 +207,14 @@ class TorchModel:
 
     def __init__(self, comm: TorchComm, module: nn.Module, bucket_mib: int) -> None:
         self._comm = comm
-        self._sums: list[tuple[dist.Work, Tensor]] = []
+        self._sums: list[dist.Work] = []
         self.module = DistributedDataParallel(
             _Callee(module),
             bucket_cap_mb=bucket_mib,
             gradient_as_bucket_view=True,
             **_NO_BUFFER_SYNC,
         )
-        self.module.register_comm_hook(self._sums, _sum_hook)
+        self.module.register_comm_hook(self, _sum_hook)
         for _ in range(2):
             self.backward(self.module(None))
             self.finish_gradients()
@@ -218,25 +232,36 @@ class TorchModel:
     def finish_gradients(self) -> None:
         """Wait for the buckets."""
         with self._comm.watching("the reduction of the gradients"):
-            for work, _ in self._sums:
+            for work in self._sums:
                 work.wait()
+        self._sums.clear()
 
     def zero_gradients(self) -> None:
         """In place: the gradients are views of DDP's buckets."""
-        self._sums.clear()
         self.module.zero_grad(set_to_none=False)
 
+    def start_sum(self, bucket: Tensor) -> None:
+        """Begin to sum a bucket in place."""
+        same_memory = bucket.detach()
+        self._comm.hold(same_memory)
+        work = dist.all_reduce(same_memory, async_op=True)
+        assert work is not None  # only a rank outside the group gets None
+        self._sums.append(work)
 
-def _sum_hook(sums: list[tuple[dist.Work, Tensor]], bucket: GradBucket) -> torch.futures.Future[Tensor]:
-    """Begin to sum a bucket in place, and tell DDP that it is done: `finish_gradients` waits instead.
+
+def _sum_hook(model: TorchModel, bucket: GradBucket) -> torch.futures.Future[Tensor]:
+    """Begin to sum a bucket, and tell DDP that it is done: `finish_gradients` waits instead.
 
     DDP's own reduction divides by the world size, which rounds. The usual hook chains a Python function to the
-    reduction, which gloo's thread then frees: when the process ends at that moment, it aborts (seen under torchrun).
+    reduction, which gloo's thread then frees, with the danger that `TorchComm.hold` describes.
     """
     buffer: Tensor = bucket.buffer()
-    work = dist.all_reduce(buffer, async_op=True)
-    assert work is not None  # only a rank outside the group gets None
-    sums.append((work, buffer))
+    model.start_sum(buffer)
     done: torch.futures.Future[Tensor] = torch.futures.Future(devices=[buffer.device] if buffer.is_cuda else None)
     done.set_result(buffer)
     return done
+
+
+def _is_held_elsewhere(tensor: Tensor) -> bool:
+    """Whether more than the Python object holds it."""
+    return int(tensor._use_count()) > 1  # type: ignore[attr-defined]
