@@ -25,7 +25,7 @@ def extract(out: Path, checkpoint: str, fasta: str) -> None:
     from prottrans_hpc.stage import run_stage
 
     # Several windows and a part for each batch: many moments at which something can be half done.
-    proteins.WINDOW_RESIDUES = 6_000
+    proteins.WINDOW_RESIDUES = 3_000
     compute._PART_BYTES = 1
     choices = {"per_residue": True, "pool": "mean", "precision": "fp32", "bin_residues": 16_384, "device": "cpu", "invalid": "error", "json": False}
     run_stage("embed", {"source": checkpoint, "fasta": [fasta], "out": str(out), **choices})

@@ -22,10 +22,10 @@ def sweep(tmp_path: Path, repository: Path, checkpoint: Path, fasta: Path, num_r
 
 
 def test_killed_before_each_touch_of_the_file_system_and_at_random_moments(tmp_path, repository, tiny_checkpoint, fasta, proteins):
-    fasta.write_text("".join(f">{name}\n{residues}\n" for name, residues in proteins[:24]))
-    told = sweep(tmp_path, repository, tiny_checkpoint, fasta, 3)
-    assert told["kills"] >= 50
-    assert told["kills_with_parts"] >= 20
+    fasta.write_text("".join(f">{name}\n{residues}\n" for name, residues in proteins[:12]))
+    told = sweep(tmp_path, repository, tiny_checkpoint, fasta, 2)
+    assert told["kills"] >= 30
+    assert told["kills_with_parts"] >= 10
 
 
 @pytest.mark.slow
