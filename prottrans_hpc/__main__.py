@@ -44,7 +44,7 @@ def main(arguments: list[str]) -> int:
 
 def _tell(error: BaseException, code: int) -> None:
     message = terminal.printable(errors.explain(error), limit=2000)
-    if _log.handlers:
+    if _log.hasHandlers():
         _log.error("%s (exit code %d: %s)", message, code, errors.MEANING[code], exc_info=error if code == errors.BUG else None)
     else:
         print(f"error: {message}", file=sys.stderr, flush=True)
@@ -53,7 +53,7 @@ def _tell(error: BaseException, code: int) -> None:
 
 
 def _leave_at_once(code: int) -> NoReturn:
-    """End without Python's shutdown, in which a library could wait for ranks that are gone."""
+    """End without Python's shutdown, in which a library could wait for ranks that are gone, or a thread of gloo abort."""
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -63,4 +63,4 @@ def _leave_at_once(code: int) -> NoReturn:
 if __name__ == "__main__":
     final_code = main(sys.argv[1:])
     preemption.forget_signals()
-    sys.exit(final_code)
+    _leave_at_once(final_code)
