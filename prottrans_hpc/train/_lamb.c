@@ -64,7 +64,7 @@ WIDEST static double squares_of(const float *restrict a, int64_t size) {
     return add_lanes(lanes);
 }
 
-/* Renew the moments of a few elements, and give the direction r + lambda x that follows. */
+/* Equations 1 to 4 for a few elements: renew the moments, and give the direction r + lambda x that follows. */
 static inline void renew(const numbers *n, float decay, const float *restrict x, const float *restrict g, float *restrict m, float *restrict v,
                          float *restrict r, int64_t size) {
     const numbers c = *n;
@@ -91,6 +91,7 @@ WIDEST static void first_sweep(const numbers *n, const tensor *t, chunk *c) {
     c->r_squares = add_lanes(r_lanes);
 }
 
+/* Equation 5. */
 WIDEST static void second_sweep(const numbers *n, const tensor *t, const chunk *c) {
     float *restrict x = t->x + c->start;
     const float *restrict m = t->m + c->start, *restrict v = t->v + c->start;

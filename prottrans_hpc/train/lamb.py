@@ -1,15 +1,15 @@
 """LAMB: You et al. 2020, "Large Batch Optimization for Deep Learning: Training BERT in 76 minutes", algorithm 2.
 
-For each tensor x ("layer" in the paper) with gradient g, at update t:
+For each tensor x ("layer" in the paper) with gradient g, at update t, in the order of that algorithm:
 
-    m_t = beta1 m_(t-1) + (1 - beta1) g_t                    line 7
-    v_t = beta2 v_(t-1) + (1 - beta2) g_t^2                  line 8
-    m^_t = m_t / (1 - beta1^t), v^_t = v_t / (1 - beta2^t)   lines 9 and 10
-    r_t = m^_t / (sqrt(v^_t) + epsilon)                      line 11, "the ratio"
-    x_(t+1) = x_t - eta_t phi(|x_t|) / |r_t + lambda x_t| (r_t + lambda x_t)   line 12, phi the identity
+    (1)  m_t = beta1 m_(t-1) + (1 - beta1) g_t
+    (2)  v_t = beta2 v_(t-1) + (1 - beta2) g_t^2
+    (3)  m^_t = m_t / (1 - beta1^t),  v^_t = v_t / (1 - beta2^t)
+    (4)  r_t = m^_t / (sqrt(v^_t) + epsilon)
+    (5)  x_(t+1) = x_t - eta_t phi(|x_t|) / |r_t + lambda x_t| (r_t + lambda x_t),  with the identity for phi
 
 The trust ratio |x| / |r + lambda x| is 1 where either norm is 0. Biases and norm weights take neither the trust
-ratio nor the decay, as in the authors' own training of BERT. There are three ways to compute it, with the same result
+ratio nor the decay lambda. There are three ways to compute it, with the same result
 to rounding (1e-6 relative a step): a C kernel and a plain loop for CPUs, where sweeping memory once for each of a
 dozen operations is what costs, and multi-tensor operations for GPUs, where starting kernels is.
 """
@@ -37,9 +37,9 @@ class Slot:
 
     parameter: Tensor
     exp_avg: Tensor
-    """m_t."""
+    """m_t, equation 1."""
     exp_avg_sq: Tensor
-    """v_t."""
+    """v_t, equation 2."""
     adapts: bool
     """Whether the trust ratio and the decay apply."""
 
@@ -55,9 +55,9 @@ class Update:
     epsilon: float
     weight_decay: float
     inverse_correction1: float
-    """1 / (1 - beta1^t)."""
+    """1 / (1 - beta1^t), equation 3."""
     inverse_correction2: float
-    """1 / (1 - beta2^t)."""
+    """1 / (1 - beta2^t), equation 3."""
 
 
 class Lamb:
@@ -137,6 +137,7 @@ def update_by_loop(slots: list[Slot], update: Update) -> None:
 
 
 def _update_one(slot: Slot, update: Update, directions: Tensor, scratch: Tensor) -> None:
+    """Equations 1 to 4 piece by piece, then equation 5."""
     # Copies only where a tensor is not contiguous; then the results are copied back below.
     x, g, m, v = (t.reshape(-1) for t in (slot.parameter, gradient(slot), slot.exp_avg, slot.exp_avg_sq))
     squares = [0.0, 0.0]
@@ -179,7 +180,7 @@ def update_by_foreach(slots: list[Slot], update: Update) -> None:
 
 
 def _adapt(parameters: list[Tensor], directions: list[Tensor], weight_decay: float) -> None:
-    """Add the decay to the directions and multiply each by its trust ratio, in place."""
+    """Add the decay to the directions and multiply each by its trust ratio, in place (equation 5)."""
     torch._foreach_add_(directions, parameters, alpha=weight_decay)
     weight_norms, norms = torch.stack(torch._foreach_norm(parameters)), torch.stack(torch._foreach_norm(directions))
     ratios = torch.where((weight_norms != 0.0) & (norms != 0.0), weight_norms / norms, 1.0)
