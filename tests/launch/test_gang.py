@@ -70,7 +70,7 @@ def test_nothing_changed_rewrites_nothing(make_plan: MakePlan) -> None:
     ("setting", "named"),
     [
         ("seed=7", "seed: 42 -> 7"),
-        ("optimizer.learning_rate=0.5", "optimizer.learning_rate: 0.01 -> 0.5"),
+        ("optimizer.weight_decay=0.5", "optimizer.weight_decay: 0.01 -> 0.5"),
         ("phases.0.global_batch_size=32", "phases.0.global_batch_size: 64 -> 32"),
         ("architecture.size=small", "architecture.size: 'tiny' -> 'small'"),
         ("objective.fraction=0.2", "objective.fraction: 0.15 -> 0.2"),

@@ -163,13 +163,13 @@ def test_all_damaged_is_66(tmp_path, make_run, start_ranks):
 def test_another_experiment_is_refused_and_what_differs_is_listed(tmp_path, make_run, start_ranks):
     folder = make_run(tmp_path / "run", num_ranks=1, stop_after_step=3)
     start_ranks(folder, 1).end(0)
-    make_run(folder, "optimizer.learning_rate=0.5", "seed=7", num_ranks=1)
+    make_run(folder, "optimizer.weight_decay=0.5", "seed=7", num_ranks=1)
     gang = start_ranks(folder, 1)
     gang.end(78)
     story = gang.errors.read_text()
     differing = re.search(r"these differ \(checkpoint -> now\): (.*)\. Put them back", story)
     assert differing is not None
-    assert sorted(differing[1].split("; ")) == ["science.optimizer.learning_rate: 0.01 -> 0.5", "science.seed: 42 -> 7"]
+    assert sorted(differing[1].split("; ")) == ["science.optimizer.weight_decay: 0.01 -> 0.5", "science.seed: 42 -> 7"]
     # What is no science may change.
     make_run(folder, "checkpoint.every_steps=2", "loading.prefetch_steps=1", "parallel.bucket_mib=1", num_ranks=1, stop_after_step=5)
     start_ranks(folder, 1).end(0)
