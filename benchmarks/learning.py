@@ -1,0 +1,326 @@
+"""It learns: ProtBert `small` here and in transformers' Trainer with its default padding, on the same proteins.
+
+Both train the same number of parameters with the same optimizer, learning rates, batch of sequences and masks of
+15 %, on both cores, until the same number of residues was seen. Validation is ours for both: the same held-out
+proteins with the same masks, outside the timed part. Writes learning.json, learning.md and learning.png.
+
+    python benchmarks/learning.py --data ../shared/data --residues 3000000
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from hardware import describe
+
+from prottrans_hpc import durable
+from prottrans_hpc.architectures.prot_bert import ARCHITECTURE, BertShape
+from prottrans_hpc.corpus.index import read_index
+from prottrans_hpc.corpus.reader import Corpus
+from prottrans_hpc.recipe import Recipe, read_recipe
+from prottrans_hpc.train.loader import validation_batches
+
+SIZE = "small"
+BATCH = 32
+MAX_RESIDUES = 512
+LEARNING_RATE = 1e-3
+VALIDATION_SEQUENCES = 512
+
+
+@dataclass(frozen=True)
+class Point:
+    """One measurement of the validation loss."""
+
+    residues: int
+    seconds: float
+    loss: float
+
+
+def settings_of(steps: int, precision: str) -> tuple[str, ...]:
+    """The recipe's changes: AdamW, which the Trainer has too, and a budget in steps."""
+    return (
+        f"phases.0.steps={steps}",
+        f"phases.0.global_batch_size={BATCH}",
+        f"phases.0.max_residues={MAX_RESIDUES}",
+        f"phases.0.warmup_steps={steps // 20}",
+        "optimizer.name=adamw",
+        f"optimizer.learning_rate={LEARNING_RATE}",
+        "optimizer.epsilon=1e-8",
+        f"validation.every_steps={max(1, steps // 12)}",
+        f"validation.max_sequences={VALIDATION_SEQUENCES}",
+        f"checkpoint.every_steps={steps}",
+        f"precision={precision}",
+        "loading.bin_residues=8192",
+    )
+
+
+def run_ours(corpus: Path, run_dir: Path, *, steps: int, precision: str) -> list[Point]:
+    """Two ranks with one core each through the command line; seconds are the sum of the steps."""
+    words = [word for setting in settings_of(steps, precision) for word in ("--set", setting)]
+    command = [
+        sys.executable,
+        "-m",
+        "prottrans_hpc.launch.cli",
+        "pretrain",
+        "small_prot_bert",
+        "--corpus",
+        str(corpus),
+        "--run-dir",
+        str(run_dir),
+        "--nodes",
+        "2",
+        "-q",
+        *words,
+    ]
+    subprocess.run(command, check=True)
+    residues, seconds, points = 0.0, 0.0, []
+    losses = {line["step"]: line["loss"] for line in read_lines(run_dir / "validation.jsonl")}
+    for line in read_lines(run_dir / "metrics.jsonl"):
+        residues += line["residues_per_s"] * line["step_s"]
+        seconds += line["step_s"]
+        if line["step"] in losses:
+            points.append(Point(round(residues), seconds, losses[line["step"]]))
+    return points
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON-lines file."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def run_trainer(corpus: Path, recipe: Recipe, *, residues: int, bf16: bool, folder: Path) -> list[Point]:
+    """transformers' own route: tokenizer, collator and Trainer as their documentation uses them."""
+    import transformers
+
+    torch.set_num_threads(os.cpu_count() or 1)
+    torch.manual_seed(0)
+    tokenizer = make_tokenizer(folder)
+    proteins = Proteins(Corpus(read_index(corpus), "train"), tokenizer)
+    model = transformers.BertForMaskedLM(bert_config(ARCHITECTURE.size(SIZE).shape))
+    steps = math.ceil(residues / (BATCH * proteins.mean_residues))
+    held_out = validation_batches(Corpus(read_index(corpus), "validation"), recipe, ARCHITECTURE.vocabulary, rank=0, world_size=1, max_residues=MAX_RESIDUES)
+    recorder = make_recorder(model, held_out, proteins.mean_residues, every=max(1, steps // 12))
+    arguments = transformers.TrainingArguments(
+        output_dir=str(folder / "trainer"),
+        per_device_train_batch_size=BATCH,
+        max_steps=steps,
+        learning_rate=LEARNING_RATE,
+        weight_decay=0.01,
+        warmup_steps=steps // 20,
+        lr_scheduler_type="linear",
+        max_grad_norm=1.0,
+        bf16=bf16,
+        use_cpu=True,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        logging_strategy="no",
+    )
+    collator = transformers.DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.15)
+    transformers.Trainer(model=model, args=arguments, data_collator=collator, train_dataset=proteins, callbacks=[recorder]).train()
+    points: list[Point] = recorder.points
+    return points
+
+
+def make_tokenizer(folder: Path) -> Any:
+    """The published vocabulary in transformers' tokenizer."""
+    import transformers
+
+    vocabulary = folder / "vocab.txt"
+    vocabulary.write_text("\n".join(ARCHITECTURE.vocabulary.tokens) + "\n")
+    return transformers.BertTokenizer.from_pretrained(str(folder), do_lower_case=False)
+
+
+def bert_config(shape: BertShape) -> Any:
+    """The same hyper-parameters for transformers; attention is its default (SDPA)."""
+    import transformers
+
+    return transformers.BertConfig(
+        vocab_size=shape.vocabulary_size,
+        hidden_size=shape.hidden_size,
+        num_hidden_layers=shape.num_layers,
+        num_attention_heads=shape.num_heads,
+        intermediate_size=shape.intermediate_size,
+        max_position_embeddings=shape.max_positions,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+
+
+class Proteins(torch.utils.data.Dataset[dict[str, list[int]]]):
+    """Tokenised proteins, cut behind the limit, as a user of the Trainer prepares them: the tokenizer's time is not counted."""
+
+    def __init__(self, corpus: Corpus, tokenizer: Any) -> None:
+        table = np.frombuffer(ARCHITECTURE.vocabulary.residue_table(), np.uint8)
+        lengths = np.minimum(corpus.lengths_of(np.arange(corpus.num_sequences)), MAX_RESIDUES)
+        self.mean_residues = float(lengths.mean())
+        self._corpus, self._lengths, self._table = corpus, lengths, table
+        self._ends = (tokenizer.cls_token_id, tokenizer.sep_token_id)
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        from prottrans_hpc.corpus.samples import whole_sequences
+
+        length = int(self._lengths[index])
+        tokens = np.empty(length, np.int64)
+        sample = whole_sequences(np.array([index]), np.array([length]), epoch=0)
+        self._corpus.gather(sample, ARCHITECTURE.vocabulary.residue_table(), tokens, np.zeros(1, np.int64))
+        return {"input_ids": [self._ends[0], *tokens.tolist(), self._ends[1]]}
+
+
+def make_recorder(model: Any, held_out: list[Any], mean_residues: float, *, every: int) -> Any:
+    """A Trainer callback that measures the validation loss and keeps its own time out of the clock."""
+    import transformers
+
+    class Recorder(transformers.TrainerCallback):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.points: list[Point] = []
+            self._seconds, self._since = 0.0, 0.0
+
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            self._since = time.perf_counter()
+
+        def on_step_end(self, _args: Any, state: Any, *_: Any, **__: Any) -> None:
+            if state.global_step % every and state.global_step != state.max_steps:
+                return
+            self._seconds += time.perf_counter() - self._since
+            self.points.append(Point(round(state.global_step * BATCH * mean_residues), self._seconds, padded_loss(model, held_out)))
+            self._since = time.perf_counter()
+
+    return Recorder()
+
+
+@torch.no_grad()
+def padded_loss(model: Any, batches: list[Any]) -> float:
+    """The mean validation loss of a transformers model on our packed batches, sequence by sequence."""
+    model.eval()
+    total, count = 0.0, 0
+    for batch in batches:
+        borders = batch.cu_seqlens.tolist()
+        for start, end in pairwise(borders):
+            chosen = (batch.target_positions >= start) & (batch.target_positions < end)
+            logits = model(input_ids=batch.tokens[None, start:end]).logits[0, batch.target_positions[chosen] - start]
+            total += float(torch.nn.functional.cross_entropy(logits.float(), batch.targets[chosen], reduction="sum"))
+            count += int(chosen.sum())
+    model.train()
+    return total / count
+
+
+@dataclass(frozen=True)
+class Baselines:
+    """Validation losses that need no learning from context, nats."""
+
+    unigram: float
+    """Entropy of the residue frequencies: the loss of a model that knows nothing else."""
+    copying: float
+    """The same, but where a target's position shows a residue (20 % of them) the model weighs that it may be the right one."""
+
+
+def baselines(corpus: Path) -> Baselines:
+    """Both from the residue frequencies, exactly; a shown residue is the true one or a random one of 20, equally likely."""
+    counts = np.array([count for count in durable.read_json(corpus / "index.json")["residue_counts"].values() if count], float)
+    share = counts / counts.sum()
+    standard = np.sort(share)[-20:]
+    joint = np.diag(0.5 * share)
+    joint[:, np.argsort(share)[-20:]] += 0.5 / len(standard) * share[:, None]
+    conditional = joint / joint.sum(axis=0, keepdims=True)
+    shown = -np.where(joint > 0, joint * np.log(np.where(conditional > 0, conditional, 1)), 0).sum()
+    unigram = float(-(share * np.log(share)).sum())
+    return Baselines(unigram, float(0.8 * unigram + 0.2 * shown))
+
+
+def rate(points: list[Point]) -> float:
+    """Residues a second between the first and the last measurement: start-up is left out for both."""
+    return (points[-1].residues - points[0].residues) / (points[-1].seconds - points[0].seconds)
+
+
+def report(curves: dict[str, list[Point]], baseline: Baselines, out: Path, residues: int) -> None:
+    """Numbers as JSON, a table as Markdown, two panels as PNG."""
+    hardware = describe()
+    base = rate(curves["transformers fp32"])
+    rows = {name: {"residues_per_s": rate(points), "ratio": rate(points) / base, "final_loss": points[-1].loss} for name, points in curves.items()}
+    plain = {name: [vars(point) for point in points] for name, points in curves.items()}
+    values = {"hardware": hardware, "residues": residues, "baselines": vars(baseline), "rows": rows, "curves": plain}
+    (out / "learning.json").write_text(json.dumps(values, indent=1) + "\n")
+    lines = [f"# Learning: `small` ProtBert, {residues:,} residues of Swiss-Prot (50 % identity), two cores", ""]
+    lines += ["| trainer | residues/s | ratio | final validation loss | below unigram entropy | below copying |", "|---|---|---|---|---|---|"]
+    for name, row in rows.items():
+        loss = row["final_loss"]
+        below = f"{baseline.unigram - loss:.4f} | {baseline.copying - loss:.4f}"
+        lines.append(f"| {name} | {row['residues_per_s']:,.0f} | {row['ratio']:.2f} | {loss:.4f} | {below} |")
+    lines += [
+        "",
+        f"Unigram entropy of the corpus: {baseline.unigram:.4f} nats. A model that knows the frequencies and weighs the residues that it is shown at 20 %",
+        f"of the targets, but nothing of the context, reaches {baseline.copying:.4f}: only what is below that is learned from context.",
+        f"Losses are over the same {VALIDATION_SEQUENCES} held-out proteins and masks. Times include no validation.",
+        "",
+        hardware["line"],
+        "",
+    ]
+    (out / "learning.md").write_text("\n".join(lines))
+    plot(curves, baseline, out / "learning.png")
+
+
+def plot(curves: dict[str, list[Point]], baseline: Baselines, path: Path) -> None:
+    """Validation loss against residues and against seconds."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    by_residues, by_seconds = figure.subplots(1, 2, sharey=True)
+    for name, points in curves.items():
+        by_residues.plot([p.residues / 1e6 for p in points], [p.loss for p in points], marker=".", label=name)
+        by_seconds.plot([p.seconds for p in points], [p.loss for p in points], marker=".", label=name)
+    for axes, label in ((by_residues, "million residues seen"), (by_seconds, "seconds of training")):
+        axes.axhline(baseline.unigram, color="grey", linestyle=":", label="residue frequencies")
+        axes.axhline(baseline.copying, color="grey", linestyle="--", label="frequencies and copying")
+        axes.set_xlabel(label)
+    by_residues.set_ylabel("validation loss, nats")
+    by_seconds.legend(fontsize="small")
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    """Prepare the corpus, train each way once, one after the other, and report."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, default=Path(os.environ.get("PROTTRANS_DATA", "../shared/data")))
+    parser.add_argument("--residues", type=int, default=3_000_000)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        corpus = Path(folder) / "corpus"
+        fasta = arguments.data / "pretrain" / "swissprot201401_sp50.fasta.zst"
+        subprocess.run([sys.executable, "-m", "prottrans_hpc.launch.cli", "preprocess", str(fasta), "--out", str(corpus), "--validation", "0.01"], check=True)
+        mean = mean_residues(corpus)
+        steps = math.ceil(arguments.residues / (BATCH * mean))
+        recipe = read_recipe("small_prot_bert", settings_of(steps, "fp32"))
+        curves = {"prottrans_hpc fp32": run_ours(corpus, Path(folder) / "fp32", steps=steps, precision="fp32")}
+        curves["prottrans_hpc bf16"] = run_ours(corpus, Path(folder) / "bf16", steps=steps, precision="bf16")
+        curves["transformers fp32"] = run_trainer(corpus, recipe, residues=arguments.residues, bf16=False, folder=Path(folder))
+        curves["transformers bf16"] = run_trainer(corpus, recipe, residues=arguments.residues, bf16=True, folder=Path(folder))
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        report(curves, baselines(corpus), arguments.out, arguments.residues)
+
+
+def mean_residues(corpus: Path) -> float:
+    """Residues of a training sequence, cut at the limit."""
+    split = Corpus(read_index(corpus), "train")
+    return float(np.minimum(split.lengths_of(np.arange(split.num_sequences)), MAX_RESIDUES).mean())
+
+
+if __name__ == "__main__":
+    main()
