@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Sequence
 
 from .. import terminal
 from .children import hold_signals, next_signal, shell_code, start
 
 _KILL_AT_INTERRUPT = 3
+_ECHO_S = 0.2
+"""The same signal within this time asks for nothing new. A shell that is sent thousands a second dies of its own nested traps."""
 
 
 def run(argv: Sequence[str], lock: int) -> int:
@@ -21,7 +24,7 @@ def run(argv: Sequence[str], lock: int) -> int:
     os.set_inheritable(lock, True)
     hold_signals()
     child = start(argv, own_session=True)
-    interrupts = 0
+    interrupts, passed_on = 0, dict[int, float]()
     while child.poll() is None:
         number = next_signal(None)
         if number == signal.SIGINT:
@@ -29,7 +32,8 @@ def run(argv: Sequence[str], lock: int) -> int:
             terminal.note(_ABOUT_INTERRUPTS[min(interrupts, _KILL_AT_INTERRUPT)])
         if number == signal.SIGINT and interrupts >= _KILL_AT_INTERRUPT:
             child.kill()
-        elif number is not None and number != signal.SIGCHLD:
+        elif number is not None and number != signal.SIGCHLD and time.monotonic() > passed_on.get(number, -_ECHO_S) + _ECHO_S:
+            passed_on[number] = time.monotonic()
             # A terminal that is closed asks to stop, too.
             child.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
     return shell_code(child.returncode)

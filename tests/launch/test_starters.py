@@ -46,7 +46,7 @@ def test_a_signal_asks_every_rank_to_stop(job: Job, starter: str, number: signal
     process.send_signal(number)
     _, stderr = process.communicate(timeout=120)
     assert process.returncode == 75, stderr
-    assert [len(job.got(rank)) for rank in range(2)] == [1, 1]
+    assert all(job.got(rank) for rank in range(2))  # torchrun may say it twice
 
 
 @pytest.mark.parametrize("starter", [*STARTERS, "none"])

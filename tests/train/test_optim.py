@@ -273,7 +273,7 @@ def test_what_is_not_fp32_and_contiguous_goes_another_way():
 
 
 def test_a_parameter_that_is_not_contiguous_takes_the_same_steps():
-    values = torch.randn(300, 257)
+    values = torch.randn(300, 257, generator=torch.Generator().manual_seed(1))
     straight = {"w": torch.nn.Parameter(values.t().contiguous())}
     transposed = {"w": torch.nn.Parameter(values.clone().t())}
     assert not transposed["w"].is_contiguous()
@@ -282,7 +282,7 @@ def test_a_parameter_that_is_not_contiguous_takes_the_same_steps():
         for step in range(3):
             set_gradients(parameters, step)
             optimizer.step(1e-2)
-    torch.testing.assert_close(transposed["w"], straight["w"], rtol=2e-6, atol=1e-8)
+    torch.testing.assert_close(transposed["w"], straight["w"], rtol=2e-6, atol=1e-7)
 
 
 def test_a_missing_kernel_is_said_once(monkeypatch, caplog):
