@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from itertools import pairwise
 from typing import Literal
 
 from pydantic.dataclasses import dataclass
 
 from . import config
 from .config import STRICT, Count, Natural, Positive
+from .errors import ConfigError
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -40,20 +42,119 @@ class Node:
 
 
 @dataclass(frozen=True, config=STRICT)
+class Bin:
+    """One row of a queue's table: jobs of so many nodes may run so long."""
+
+    min_nodes: Count
+    max_nodes: Count
+    max_walltime_min: Count
+
+    def __post_init__(self) -> None:
+        if self.min_nodes > self.max_nodes:
+            raise ValueError(f"min_nodes {self.min_nodes} exceeds max_nodes {self.max_nodes}")
+
+
+@dataclass(frozen=True, config=STRICT)
+class Queue:
+    """A queue of LSF or a partition of Slurm."""
+
+    name: str
+    bins: tuple[Bin, ...]
+    """Ascending, in the site's numbering; a job outside all of them cannot run in this queue."""
+    preemptable: bool = False
+    """Jobs may be stopped and requeued by the site."""
+    preemptable_after_min: Natural = 0
+    """Minutes that a job of a preemptable queue runs undisturbed."""
+    qos: str | None = None
+    """Slurm's quality of service that goes with it."""
+
+    def __post_init__(self) -> None:
+        if not self.bins:
+            raise ValueError(f"queue {self.name} needs at least one [[queues.bins]]")
+        for low, high in pairwise(self.bins):
+            if high.min_nodes <= low.max_nodes:
+                raise ValueError(f"the bins of queue {self.name} must ascend and not overlap")
+
+
+@dataclass(frozen=True, config=STRICT)
+class Licence:
+    """Software of the site that may run on a limited number of nodes."""
+
+    name: str
+    comm: str
+    """The recipe's `parallel.comm` that uses it."""
+    max_nodes: Count
+
+
+_SCHEDULERS_OF = {"processes": ("local",), "srun": ("slurm",), "jsrun": ("lsf",)}
+"""Starters that work in jobs of some schedulers only."""
+
+RackPlacement = Literal["none", "switches", "node_list", "segment", "compute_unit"]
+
+
+@dataclass(frozen=True, config=STRICT)
 class Machine:
     """A machine profile."""
 
     name: str
     description: str
-    scheduler: Literal["local"]
-    starter: Literal["processes", "mpirun", "torchrun", "none"]
-    """What starts the ranks of a job: our own local processes, mpirun, torchrun, or nothing (one rank)."""
+    scheduler: Literal["local", "slurm", "lsf"]
+    starter: Literal["processes", "mpirun", "torchrun", "none", "srun", "jsrun"]
+    """What starts the ranks of a job: our own local processes, a program of the site, or nothing (one rank)."""
     ranks_per_node: Count
     node: Node
     max_nodes: Count
     """Largest number of nodes that one job may ask for."""
+    nodes_per_rack: Count | None = None
+    """None: the machine has no racks, or a job cannot ask for them."""
+    num_racks: Count | None = None
+    rack_placement: RackPlacement = "none"
+    """How a job asks for whole racks: Slurm's --switches, a list of nodes from its topology, or --segment; LSF's compute units."""
+    queues: tuple[Queue, ...] = ()
+    """The first is the default; a batch scheduler needs at least one."""
+    account_required: bool = False
+    licences: tuple[Licence, ...] = ()
+    warning_min: Count = 10
+    """Minutes before the walltime at which a job is told to save and stop."""
+    resource_set: Literal["rank", "node"] = "rank"
+    """jsrun only: one resource set a rank (one GPU each), or one a node (what IBM's DDL wants)."""
+    staging: Literal["none", "node_local"] = "none"
+    """Whether jobs copy the corpus to node.local_disk_path before they start."""
+    header_lines: tuple[str, ...] = ()
+    """Directives of the scheduler that the site wants, as they stand in a job script."""
     setup_lines: tuple[str, ...] = ()
     """Shell lines that prepare the environment of a job: modules, a virtual environment."""
+    python: str | None = None
+    """The interpreter on the compute nodes; None: the one that runs this command."""
+    launcher_prefix: tuple[str, ...] = ()
+    """Put in front of every rank's command, for example ("apptainer", "exec", "--nv", "prottrans.sif")."""
+    sources: tuple[str, ...] = ()
+    """Where the numbers come from, one line each."""
+    retired: bool = False
+    """The machine exists no more; the profile is kept to reproduce what ran there."""
+
+    def __post_init__(self) -> None:
+        batch = self.scheduler != "local"
+        if batch != bool(self.queues):
+            raise ValueError(f"scheduler {self.scheduler!r} {'needs at least one [[queues]]' if batch else 'has no queues'}")
+        if (self.nodes_per_rack is None) != (self.rack_placement == "none"):
+            raise ValueError("nodes_per_rack and a rack_placement other than 'none' belong together")
+        if self.scheduler not in _SCHEDULERS_OF.get(self.starter, (self.scheduler,)):
+            raise ValueError(f"the starter {self.starter!r} does not start ranks in jobs of the scheduler {self.scheduler!r}")
+        allowed = {"local": (), "slurm": ("switches", "node_list", "segment"), "lsf": ("compute_unit",)}[self.scheduler]
+        if self.rack_placement not in ("none", *allowed):
+            raise ValueError(f"rack_placement {self.rack_placement!r} is not known to the scheduler {self.scheduler!r}: {', '.join(('none', *allowed))}")
+        if self.staging == "node_local" and self.node.local_disk_path is None:
+            raise ValueError("staging = 'node_local' needs node.local_disk_path")
+
+    def queue(self, name: str | None) -> Queue:
+        """A queue by name, or the default one. Raises ConfigError."""
+        if name is None:
+            return self.queues[0]
+        for queue in self.queues:
+            if queue.name == name:
+                return queue
+        raise ConfigError(f"{self.name} has no queue {name!r}; it has {', '.join(queue.name for queue in self.queues) or 'none'}")
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -66,6 +167,9 @@ class Allocation:
     gpus_per_rank: int
     walltime_min: int | None = None
     """None: no limit (a laptop)."""
+    queue: str | None = None
+    num_racks: int | None = None
+    """Whole racks that the nodes must fill; None: any nodes."""
 
     @property
     def num_ranks(self) -> int:

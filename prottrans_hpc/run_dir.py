@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from . import config, durable
-from .errors import CheckpointError, ConfigError
+from .errors import CheckpointError, ConfigError, DataError
 from .machine import Allocation, Machine
 from .recipe import Recipe, recipe_from_json
 
@@ -50,7 +50,7 @@ class RunDir:
 
     @property
     def job_json(self) -> Path:
-        """Scheduler, job id and state of the submissions."""
+        """Scheduler and job ids of the latest submission."""
         return self.path / "job.json"
 
     @property
@@ -105,6 +105,19 @@ class RunDir:
 
 
 @dataclass(frozen=True)
+class Jobs:
+    """The content of job.json: what was submitted last."""
+
+    scheduler: str
+    job_ids: tuple[str, ...]
+    """Of a chain in order; a process id of the local scheduler."""
+    host: str
+    """Where it was submitted."""
+    submitted: str
+    """UTC, ISO 8601."""
+
+
+@dataclass(frozen=True)
 class Run:
     """The content of run.json."""
 
@@ -152,6 +165,22 @@ def write_run(run_dir: RunDir, run: Run) -> None:
     values = {"format": FORMAT, **vars(run)}
     values |= {"recipe": config.to_json(run.recipe), "machine": config.to_json(run.machine), "allocation": config.to_json(run.allocation)}
     durable.write_json(run_dir.run_json, values)
+
+
+def write_jobs(run_dir: RunDir, jobs: Jobs) -> None:
+    """Write job.json durably."""
+    durable.write_json(run_dir.job_json, {**vars(jobs), "job_ids": list(jobs.job_ids)})
+
+
+def read_jobs(run_dir: RunDir) -> Jobs | None:
+    """Read job.json; None when nothing was ever submitted. Raises DataError when it is damaged."""
+    try:
+        values = durable.read_json(run_dir.job_json)
+        return Jobs(str(values["scheduler"]), tuple(str(job_id) for job_id in values["job_ids"]), str(values["host"]), str(values["submitted"]))
+    except FileNotFoundError:
+        return None
+    except (KeyError, TypeError) as error:
+        raise DataError(f"{run_dir.job_json} is damaged: {error!r} is missing or of the wrong kind") from error
 
 
 def read_run(run_dir: RunDir) -> Run:

@@ -10,22 +10,23 @@ import fcntl
 import json
 import os
 import re
-import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from .. import __version__, config, durable, run_dir, terminal
-from ..errors import ConfigError, IdentityError, SubmitError
+from ..errors import ConfigError, IdentityError, ProttransError, SubmitError
 from ..machine import Allocation, Machine
 from ..recipe import Recipe, science
 from ..run_dir import Run, RunDir
-from . import foreground, local
+from . import foreground, submission
 from .checks import CorpusFacts
-from .job_script import Job, render
+from .job import Job
+from .job_script import render
+from .schedulers import SCHEDULERS
 
 
 @dataclass(frozen=True)
@@ -42,16 +43,21 @@ class Plan:
     """Its path is absolute; the folder may not exist yet."""
     flags: tuple[str, ...] = ()
     """For the ranks: how much rank 0 says."""
+    account: str | None = None
+    """Project that a batch system charges."""
+    num_jobs: int = 1
+    """Jobs of a chain, each resuming where the one before it stopped."""
 
     @property
     def job(self) -> Job:
         """The job that carries the plan out."""
-        return Job("pretrain", self.run_dir.path.name, self.run_dir, self.machine, self.allocation, sys.executable, self.flags)
+        python = self.machine.python or sys.executable
+        return Job("pretrain", self.run_dir.path.name, self.run_dir, self.machine, self.allocation, python, self.flags, self.account)
 
     @property
     def script(self) -> bytes:
         """The job script: a function of the plan alone, so that a dry run shows what a real one runs."""
-        return render(self.job, local.render_header(self.job))
+        return render(self.job, SCHEDULERS[self.machine.scheduler].render_header(self.job))
 
 
 def default_run_dir(recipe: Recipe, recipe_name: str, corpus: Path) -> Path:
@@ -100,20 +106,43 @@ def describe(plan: Plan, run: Run | None) -> str:
 
 
 def carry_out(plan: Plan, *, detach: bool) -> int:
-    """Write the run directory and start the job; the exit code of a job in the foreground, 0 of one in the background."""
+    """Write the run directory and start or submit the job; the exit code of a job in the foreground, 0 of any other."""
     directory = _prepare(plan.run_dir.path)
     with _locked(directory) as lock:
         run = existing_run(plan)
+        _check_idle(directory)
         _write_run(plan, directory, run)
         durable.write_bytes(directory.job_script, plan.script)
         directory.exit_code.unlink(missing_ok=True)
+        if plan.machine.scheduler != "local":
+            _submit_chain(plan, directory)
+            return 0
         if not detach:
-            _write_job(directory, str(os.getpid()))
+            _write_jobs(directory, "local", [str(os.getpid())])
             return foreground.run(["bash", str(directory.job_script)], lock)
-        job_id = _submit(directory, lock)
-        _write_job(directory, job_id)
+        job_id = submission.submit("local", directory, keep_open=(lock,))
+        _write_jobs(directory, "local", [job_id])
         terminal.note(f"started in the background as process {job_id}\n  follow: tail -f {directory.job_log}\n  stop:   kill -TERM {job_id}")
         return 0
+
+
+def _submit_chain(plan: Plan, directory: RunDir) -> None:
+    """Submit the jobs of a chain; what is submitted is on the disk before the next one is tried."""
+    scheduler, job_ids = plan.machine.scheduler, list[str]()
+    for _ in range(plan.num_jobs):
+        job_ids.append(submission.submit(scheduler, directory, after=job_ids[-1] if job_ids else None))
+        _write_jobs(directory, scheduler, job_ids)
+    terminal.note(f"submitted to {plan.machine.name}: job {', then '.join(job_ids)}")
+
+
+def _check_idle(directory: RunDir) -> None:
+    """Raises SubmitError when a batch job of this run directory may still run: two must never train in one."""
+    jobs = run_dir.read_jobs(directory)
+    if jobs is None or jobs.scheduler == "local":
+        return  # the lock tells
+    alive = [f"{job_id} ({state})" for job_id, state in submission.states(jobs.scheduler, jobs.job_ids).items() if state.is_alive]
+    if alive:
+        raise SubmitError(f"{directory.path} is in use by job {', '.join(alive)}: wait for it, or stop it with: prottrans runs cancel {directory.path}")
 
 
 def _prepare(folder: Path) -> RunDir:
@@ -162,9 +191,9 @@ def _plain(run: Run) -> dict[str, Any]:
     return {**vars(run), **nouns}
 
 
-def _write_job(directory: RunDir, job_id: str) -> None:
-    started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    durable.write_json(directory.job_json, {"scheduler": "local", "job_id": job_id, "host": os.uname().nodename, "started": started})
+def _write_jobs(directory: RunDir, scheduler: str, job_ids: Sequence[str]) -> None:
+    submitted = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    run_dir.write_jobs(directory, run_dir.Jobs(scheduler, tuple(job_ids), os.uname().nodename, submitted))
 
 
 @contextmanager
@@ -185,14 +214,7 @@ def _locked(directory: RunDir) -> Iterator[int]:
 
 def _job_in(directory: RunDir) -> str:
     try:
-        job = durable.read_json(directory.job_json)
-        return f" (process {job['job_id']} on {job['host']}, since {job['started']})"
-    except Exception:
+        jobs = run_dir.read_jobs(directory)
+    except ProttransError:
         return ""
-
-
-def _submit(directory: RunDir, lock: int) -> str:
-    done = subprocess.run(local.submit_argv(directory), pass_fds=(lock,), capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SubmitError(f"the job was not started: {done.stderr.strip() or f'exit code {done.returncode}'}")
-    return local.parse_job_id(done.stdout)
+    return f" (process {jobs.job_ids[-1]} on {jobs.host}, since {jobs.submitted})" if jobs else ""

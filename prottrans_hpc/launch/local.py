@@ -8,11 +8,10 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from ..errors import SubmitError
+from ..errors import ConfigError, SubmitError
 from ..run_dir import RunDir
-from .job_script import Job
-
-RUNNING, UNKNOWN = "RUNNING", "UNKNOWN"
+from .job import Job
+from .job_state import State
 
 _SUBMIT = 'setsid -- bash "$1" >>"$2" 2>&1 </dev/null & echo "$!"'
 
@@ -22,8 +21,10 @@ def render_header(job: Job) -> list[str]:
     return []
 
 
-def submit_argv(run_dir: RunDir) -> list[str]:
-    """The command that starts the job script in the background and prints the job id."""
+def submit_argv(run_dir: RunDir, after: str | None) -> list[str]:
+    """The command that starts the job script in the background and prints the job id. Nothing queues here, so `after` must be None."""
+    if after is not None:
+        raise ConfigError("the local scheduler runs a job at once and cannot chain it after another: leave --chain out")
     return ["bash", "-c", _SUBMIT, "submit", str(run_dir.job_script), str(run_dir.job_log)]
 
 
@@ -40,10 +41,10 @@ def state_argv(job_ids: Sequence[str]) -> list[str]:
     return ["grep", "-s", "-H", "^State:", *(f"/proc/{job_id}/status" for job_id in job_ids)]
 
 
-def parse_states(output: str) -> dict[str, str]:
+def parse_states(output: str) -> dict[str, State]:
     """Job id -> state, from the state command's output; a job that has ended is not in it."""
     found = re.findall(r"^/proc/(\d+)/status:State:\s+(\S)", output, re.MULTILINE)
-    return {job_id: RUNNING if letter in "RSDTt" else UNKNOWN for job_id, letter in found if letter not in "ZX"}
+    return {job_id: State.RUNNING if letter in "RSDTt" else State.UNKNOWN for job_id, letter in found if letter not in "ZX"}
 
 
 def cancel_argv(job_id: str) -> list[str]:

@@ -144,14 +144,15 @@ def test_a_second_job_in_the_same_run_directory_is_refused(job: Job) -> None:
 
 def test_a_job_in_the_background_outlives_its_command_and_stops_in_order(job: Job) -> None:
     from prottrans_hpc.launch import local
+    from prottrans_hpc.launch.job_state import State
 
     code, stderr = finish(job.start("--detach", "--nodes", "2"))
     assert code == 0
-    job_id = json.loads((job.run_dir / "job.json").read_text())["job_id"]
+    job_id = json.loads((job.run_dir / "job.json").read_text())["job_ids"][-1]
     assert f"kill -TERM {job_id}" in stderr and str(job.run_dir) in stderr
     job.rank(0), job.rank(1)
     states = subprocess.run(local.state_argv([job_id, "4194304"]), stdout=subprocess.PIPE, text=True, check=False).stdout
-    assert local.parse_states(states) == {job_id: local.RUNNING}
+    assert local.parse_states(states) == {job_id: State.RUNNING}
     assert finish(job.start())[0] == 71, "it holds the run directory"
     subprocess.run(local.cancel_argv(job_id), check=True)
     job.wait_until((job.run_dir / "job.exit-code").is_file)
@@ -163,5 +164,5 @@ def test_a_job_in_the_background_outlives_its_command_and_stops_in_order(job: Jo
 def test_killing_a_job_in_the_background_leaves_no_rank(job: Job) -> None:
     assert finish(job.start("--detach", "--nodes", "2"))[0] == 0
     pids = [job.pid(rank) for rank in range(2)]
-    os.kill(int(json.loads((job.run_dir / "job.json").read_text())["job_id"]), signal.SIGKILL)
+    os.kill(int(json.loads((job.run_dir / "job.json").read_text())["job_ids"][-1]), signal.SIGKILL)
     job.wait_gone(pids)

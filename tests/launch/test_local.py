@@ -10,6 +10,7 @@ import pytest
 
 from prottrans_hpc.errors import SubmitError
 from prottrans_hpc.launch import local
+from prottrans_hpc.launch.job_state import State
 from prottrans_hpc.run_dir import RunDir
 
 
@@ -17,7 +18,7 @@ def test_the_submitted_command_prints_the_job_id(tmp_path: Path) -> None:
     run_dir = RunDir(tmp_path / "a run")
     run_dir.node_log(0).parent.mkdir(parents=True)
     run_dir.job_script.write_text('echo "$$"; echo to the log >&2\n')
-    done = subprocess.run(local.submit_argv(run_dir), capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run(local.submit_argv(run_dir, None), capture_output=True, text=True, check=True, timeout=60)
     job_id = local.parse_job_id(done.stdout)
     while os.path.exists(f"/proc/{job_id}"):
         pass
@@ -38,9 +39,9 @@ def test_states_of_recorded_output() -> None:
         "/proc/4245/status:State:\tI (idle)\n"
         "grep: /proc/4246/status: No such file or directory\n"
     )
-    assert local.parse_states(output) == {"4242": local.RUNNING, "4243": local.RUNNING, "4245": local.UNKNOWN}
+    assert local.parse_states(output) == {"4242": State.RUNNING, "4243": State.RUNNING, "4245": State.UNKNOWN}
 
 
 def test_states_of_real_processes() -> None:
     done = subprocess.run(local.state_argv([str(os.getpid()), "4194304"]), stdout=subprocess.PIPE, text=True, check=False)
-    assert local.parse_states(done.stdout) == {str(os.getpid()): local.RUNNING}
+    assert local.parse_states(done.stdout) == {str(os.getpid()): State.RUNNING}

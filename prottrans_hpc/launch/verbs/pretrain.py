@@ -84,7 +84,7 @@ def _plan(
 
 
 def _introduce(plan: Plan, state: str) -> None:
-    from ..job_script import num_ranks_text
+    from ..job import num_ranks_text
 
     corpus, allocation = plan.corpus, plan.allocation
     if corpus.sha256:

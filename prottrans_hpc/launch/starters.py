@@ -1,0 +1,92 @@
+"""What starts the ranks of a job, as shell words; independent of the scheduler, and pure.
+
+`STARTERS` says how each program is called, and as which signal it must be told to stop so that the ranks hear of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from .job import Job
+
+
+@dataclass(frozen=True)
+class Starter:
+    """A program that starts the ranks of a job."""
+
+    argv: Callable[[Job], list[str]]
+    signals: Mapping[str, str]
+    """Signal that the script gets -> signal that the starter is sent, so that all ranks are asked to stop."""
+    setup: tuple[str, ...] = ()
+    """Shell lines that the starter needs."""
+    is_ours: bool = False
+    """Ours ends with the script; others are tethered to it where no batch system does it."""
+    hides_codes: bool = False
+    """It ends with a code of its own when a rank fails; the rank leaves its own in the run directory."""
+
+
+def _processes(job: Job) -> list[str]:
+    places = ["--nodes", str(job.allocation.num_nodes), "--ranks-per-node", str(job.allocation.ranks_per_node), "--run-dir", str(job.run_dir.path)]
+    # The ranks take signals as soon as Python runs in them; what comes earlier waits.
+    return [*job.module("local_ranks"), *places, "--hold-stop-signals", "--", *job.command]
+
+
+def _mpirun(job: Job) -> list[str]:
+    # Without --bind-to none Open MPI would put all threads of a rank on one core.
+    return ["mpirun", "-np", str(job.allocation.num_ranks), "--map-by", ":OVERSUBSCRIBE", "--bind-to", "none", *tethered(job, job.command)]
+
+
+def _torchrun(job: Job) -> list[str]:
+    gang = ["--standalone", "--nnodes", "1", "--nproc-per-node", str(job.allocation.num_ranks)]
+    watched = [*job.module("tether"), "--codes", str(job.run_dir.path), *job.command]
+    return [job.python, "-P", "-m", "torch.distributed.run", *gang, "--no-python", *watched]
+
+
+def _srun(job: Job) -> list[str]:
+    # A task that fails ends the others at once; Slurm 22.05 and later no longer take --cpus-per-task over from the job.
+    return ["srun", "--kill-on-bad-exit=1", f"--cpus-per-task={job.allocation.cpu_cores_per_rank}", *job.command]
+
+
+def _jsrun(job: Job) -> list[str]:
+    # Every option is given: jsrun's defaults differ between sites.
+    allocation, node = job.allocation, job.machine.node
+    if job.machine.resource_set == "rank":
+        sets = ["-n", allocation.num_ranks, "-r", allocation.ranks_per_node, "-a", 1, "-c", allocation.cpu_cores_per_rank, "-g", allocation.gpus_per_rank]
+    else:
+        sets = ["-n", allocation.num_nodes, "-r", 1, "-a", allocation.ranks_per_node, "-c", node.num_cpu_cores, "-g", node.num_gpus]
+    return ["jsrun", *map(str, sets), "-b", f"packed:{allocation.cpu_cores_per_rank}", "-l", "gpu-cpu", "-d", "packed", *job.command]
+
+
+def _none(job: Job) -> list[str]:
+    return job.command
+
+
+def tethered(job: Job, argv: list[str]) -> list[str]:
+    """The command, tied to the life of the script where no batch system cleans up."""
+    return [*job.module("tether"), *argv] if job.machine.scheduler == "local" else argv
+
+
+_SAME = {"TERM": "TERM", "INT": "TERM", "USR1": "USR1", "USR2": "USR2"}
+"""A shell starts background processes with SIGINT ignored; TERM asks for the same and cannot be missed."""
+
+STARTERS: dict[str, Starter] = {
+    "processes": Starter(_processes, _SAME, is_ours=True),
+    # mpirun passes on USR1 and USR2; TERM and INT would end the ranks before they have saved.
+    "mpirun": Starter(
+        _mpirun,
+        {"TERM": "USR1", "INT": "USR1", "USR1": "USR1", "USR2": "USR2"},
+        setup=(
+            "# Open MPI refuses to run as root, as one is in many containers, unless told twice.",
+            'if [ "$(id -u)" = 0 ]; then',
+            "  export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 PRTE_ALLOW_RUN_AS_ROOT=1 PRTE_ALLOW_RUN_AS_ROOT_CONFIRM=1",
+            "fi",
+        ),
+    ),
+    # torchrun passes on TERM and dies of USR1 and USR2.
+    "torchrun": Starter(_torchrun, {"TERM": "TERM", "INT": "TERM", "USR1": "TERM", "USR2": "TERM"}, hides_codes=True),
+    "none": Starter(_none, _SAME),
+    # srun ends the step on TERM; USR1 it hands on.
+    "srun": Starter(_srun, {"TERM": "USR1", "INT": "USR1", "USR1": "USR1", "USR2": "USR2"}),
+    "jsrun": Starter(_jsrun, _SAME),
+}
