@@ -74,9 +74,9 @@ class Cluster:
 
     # --- commands
 
-    def command(self, argv: Sequence[str], node: str | None = None) -> list[str]:
-        """The command, entered into the namespaces of the login node or of a node."""
-        return [*_enter(self.unshare.pid), *(_enter(self.nodes[node]) if node else ()), *argv]
+    def command(self, argv: Sequence[str], node: str | None = None, cwd: Path | None = None) -> list[str]:
+        """The command, entered into the namespaces of the login node or of a node; who enters starts in the root folder."""
+        return [*_enter(self.unshare.pid), *(_enter(self.nodes[node]) if node else ()), "env", f"--chdir={cwd or self.folder}", *argv]
 
     def run(
         self,
@@ -90,10 +90,8 @@ class Cluster:
     ) -> subprocess.CompletedProcess[str]:
         """Run a command to its end; fails unless its exit code is `code` (None: any)."""
         # `timeout` ends it in there; ours would end only the program that entered.
-        limited = self.command(["timeout", "--kill-after=5", str(timeout_s), *argv], node)
-        done = subprocess.run(
-            limited, input=stdin or "", capture_output=True, text=True, env=_environment(env), cwd=cwd or self.folder, timeout=timeout_s + 20, check=False
-        )
+        limited = self.command(["timeout", "--kill-after=5", str(timeout_s), *argv], node, cwd)
+        done = subprocess.run(limited, input=stdin or "", capture_output=True, text=True, env=_environment(env), timeout=timeout_s + 20, check=False)
         if code is not None and done.returncode != code:
             pytest.fail(f"{' '.join(argv)} ended with {done.returncode}, not {code}\n--- stdout\n{done.stdout}\n--- stderr\n{done.stderr}")
         return done
@@ -101,13 +99,12 @@ class Cluster:
     def popen(self, *argv: str, node: str | None = None, env: Mapping[str, str] | None = None, cwd: Path | None = None) -> subprocess.Popen[str]:
         """Start a command and go on; it dies with the cluster. Its standard error goes with its standard output."""
         return subprocess.Popen(
-            self.command(argv, node),
+            self.command(argv, node, cwd),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             env=_environment(env),
-            cwd=cwd or self.folder,
         )
 
     @staticmethod
