@@ -10,12 +10,13 @@ if __name__ == "__main__":
     # Before anything heavy is imported: from here on a signal asks for an orderly stop and cannot kill the rank.
     preemption.install()
 
+import contextlib
 import logging
 import os
 import traceback
 from typing import NoReturn
 
-from . import errors, terminal
+from . import errors, rank, terminal
 from .stage import run_stage
 
 _USAGE = "usage: python -m prottrans_hpc pretrain RUN_DIR [--quiet | --verbose]"
@@ -31,6 +32,8 @@ def main(arguments: list[str]) -> int:
     for flag in arguments[2:]:
         terminal.set_verbosity(_VERBOSITY[flag])
     try:
+        if "PROTTRANS_NONCE" in os.environ and rank.detect(os.environ).is_main:
+            preemption.watch(arguments[1], os.environ["PROTTRANS_NONCE"])
         run_stage(arguments[0], {"run_dir": arguments[1]})
     except errors.RequeueRequested as error:
         _log.info("%s (exit code %d)", error, error.exit_code)
@@ -52,8 +55,20 @@ def _tell(error: BaseException, code: int) -> None:
             traceback.print_exception(error)
 
 
+def _leave_code(code: int) -> None:
+    """For a job script whose starter may not pass codes on: that of the first rank that failed, or else that rank 0 stopped."""
+    path = os.environ.get("PROTTRANS_EXIT_CODE_FILE")
+    if not path or code == errors.DONE:
+        return
+    with contextlib.suppress(OSError, errors.ConfigError):  # FileExistsError: another one was first
+        if code != errors.REQUEUE or rank.detect(os.environ).is_main:
+            with open(path, "x", encoding="ascii") as file:
+                file.write(f"{code}\n")
+
+
 def _leave_at_once(code: int) -> NoReturn:
     """End without Python's shutdown, in which a library could wait for ranks that are gone, or a thread of gloo abort."""
+    _leave_code(code)
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()

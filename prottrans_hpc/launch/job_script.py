@@ -11,7 +11,7 @@ from .. import __version__
 from ..machine import Machine
 from ..run_dir import RunDir
 from .job import Job, num_ranks_text, printable_line
-from .starters import STARTERS, tethered
+from .starters import STARTERS, Starter, tethered
 from .tether import CODE_FILE_PREFIX
 
 
@@ -33,10 +33,11 @@ def render(job: Job, header: Sequence[str]) -> bytes:
         *_environment_lines(job),
         *starter.setup,
         "",
-        *_signal_lines(starter.signals),
+        *(_stop_file_lines if starter.asks_by_file else _signal_lines)(starter.signals),
         "",
-        *_command_lines(argv, job.run_dir),
+        *_command_lines(argv, job.run_dir, starter),
         *_WAIT_LINES,
+        *(('rm -f "$stop_file"',) if starter.asks_by_file else ()),
         *(_HIDDEN_CODE_LINES if starter.hides_codes else ()),
         *_EXIT_LINES,
     ]
@@ -75,22 +76,37 @@ def _signal_lines(signals: Mapping[str, str]) -> list[str]:
     ]
 
 
-def _command_lines(argv: Sequence[str], run_dir: RunDir) -> list[str]:
+def _stop_file_lines(signals: Mapping[str, str]) -> list[str]:
+    return [
+        "# What the starter does with a signal is not known. It is shielded from them, and a file asks the ranks instead: rank 0 looks",
+        "# for it after every step; then all of them save a checkpoint and end with 75. Its name is that of this start only.",
+        'stop_file="$run_dir/.stop-$(printf %s "$PROTTRANS_NONCE" | sha256sum | cut -c 1-16)"',
+        "stop='' interrupted=''",
+        "# shellcheck disable=SC2317 # the traps call it",
+        "pass_on() {",
+        "  stop=$1 interrupted=yes",
+        """  printf 'SIG%s\\n' "$1" > "$stop_file" || true""",
+        "}",
+        *(f"trap 'pass_on {sent}' {received}" for received, sent in signals.items()),
+    ]
+
+
+def _command_lines(argv: Sequence[str], run_dir: RunDir, starter: Starter) -> list[str]:
     """The starter in the background, folded into readable lines."""
-    lines, line = [], ""
+    lines, line = [], f"(trap '' {' '.join(starter.signals)}; exec" if starter.asks_by_file else ""
     for word in argv:
         quoted = '"$run_dir"' if word == str(run_dir.path) else shlex.quote(word)
         if line and len(line) + len(quoted) > _LINE_WIDTH:
             lines.append(f"{line} \\")
             line = "   "
         line = f"{line} {quoted}" if line else quoted
-    return [*lines, f"{line} &", "starter=$!"]
+    if starter.asks_by_file:
+        return [*lines, f"{line}) &", "starter=$!", ""]
+    return [*lines, f"{line} &", "starter=$!", 'if [ -n "$stop" ]; then kill -s "$stop" "$starter" 2>/dev/null || true; fi', ""]
 
 
 _LINE_WIDTH = 120
 _WAIT_LINES = (
-    'if [ -n "$stop" ]; then kill -s "$stop" "$starter" 2>/dev/null || true; fi',
-    "",
     "# A signal ends a wait early; the starter's own exit code comes with a later one.",
     "code=''",
     'while [ -z "$code" ] || [ -n "$interrupted" ]; do',
@@ -100,9 +116,9 @@ _WAIT_LINES = (
     "done",
 )
 _HIDDEN_CODE_LINES = (
-    "# The starter does not pass on the exit codes of the ranks; the first that failed has left its own.",
+    "# The starter may not pass on the exit codes of the ranks; the first that failed has left its own.",
     f'code_file="$run_dir/{CODE_FILE_PREFIX}$PROTTRANS_NONCE"',
-    'if [ "$code" -ne 0 ] && [ -s "$code_file" ]; then code=$(cat "$code_file"); fi',
+    'if [ -s "$code_file" ]; then code=$(cat "$code_file"); fi',
     'rm -f "$code_file"',
 )
 _EXIT_LINES = (

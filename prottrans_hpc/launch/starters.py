@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from .job import Job
+from .tether import CODE_FILE_PREFIX
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,9 @@ class Starter:
     is_ours: bool = False
     """Ours ends with the script; others are tethered to it where no batch system does it."""
     hides_codes: bool = False
-    """It ends with a code of its own when a rank fails; the rank leaves its own in the run directory."""
+    """It ends, or may end, with a code of its own when a rank fails; the rank leaves its own in the run directory."""
+    asks_by_file: bool = False
+    """What it does with signals is not known: none reaches it, and a file that rank 0 looks for asks the ranks to stop."""
 
 
 def _processes(job: Job) -> list[str]:
@@ -49,13 +52,16 @@ def _srun(job: Job) -> list[str]:
 
 
 def _jsrun(job: Job) -> list[str]:
-    # Every option is given: jsrun's defaults differ between sites.
+    # Every option is given: jsrun's defaults differ between sites. It has no need of an explicit resource file: all resource sets are alike.
     allocation, node = job.allocation, job.machine.node
+    cores, gpus = allocation.cpu_cores_per_rank, allocation.gpus_per_rank
     if job.machine.resource_set == "rank":
-        sets = ["-n", allocation.num_ranks, "-r", allocation.ranks_per_node, "-a", 1, "-c", allocation.cpu_cores_per_rank, "-g", allocation.gpus_per_rank]
+        sets = ["-n", allocation.num_ranks, "-r", allocation.ranks_per_node, "-a", 1, "-c", cores, "-g", gpus]
     else:
         sets = ["-n", allocation.num_nodes, "-r", 1, "-a", allocation.ranks_per_node, "-c", node.num_cpu_cores, "-g", node.num_gpus]
-    return ["jsrun", *map(str, sets), "-b", f"packed:{allocation.cpu_cores_per_rank}", "-l", "gpu-cpu", "-d", "packed", *job.command]
+    # IBM's DDL hands MPI memory of the GPUs, which MPI must know before it starts.
+    mpi = ["--smpiargs=-gpu"] if job.machine.resource_set == "node" and gpus else []
+    return ["jsrun", *map(str, sets), "-b", f"packed:{cores}", "-l", "gpu-cpu" if gpus else "cpu-cpu", "-d", "packed", *mpi, *job.command]
 
 
 def _none(job: Job) -> list[str]:
@@ -88,5 +94,14 @@ STARTERS: dict[str, Starter] = {
     "none": Starter(_none, _SAME),
     # srun ends the step on TERM; USR1 it hands on.
     "srun": Starter(_srun, {"TERM": "USR1", "INT": "USR1", "USR1": "USR1", "USR2": "USR2"}),
-    "jsrun": Starter(_jsrun, _SAME),
+    "jsrun": Starter(
+        _jsrun,
+        {"TERM": "TERM", "INT": "INT", "USR1": "USR1", "USR2": "USR2"},
+        setup=(
+            "# Whether jsrun ends with the exit code of a rank is not documented: the first that fails writes its own here.",
+            f'export PROTTRANS_EXIT_CODE_FILE="$run_dir/{CODE_FILE_PREFIX}$PROTTRANS_NONCE"',
+        ),
+        hides_codes=True,
+        asks_by_file=True,
+    ),
 }
