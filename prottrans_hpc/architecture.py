@@ -124,6 +124,9 @@ class Architecture:
     """`(shape, tokens of each sequence)` -> floating-point operations of one forward and backward pass."""
     activation_bytes: Callable[[Any, Sequence[int], str], int]
     """`(shape, tokens of each sequence, precision)` -> bytes kept for the backward pass."""
+    lanes: bool = False
+    """Whether a step's sequences are lanes, each a text that goes on from step to step with the model's memory of it
+    (Transformer-XL). Lanes stay on their rank, so `global_batch_size` must then be a multiple of the number of ranks."""
 
     def size(self, name: str) -> Size:
         """One of the sizes. Raises ConfigError that lists them."""

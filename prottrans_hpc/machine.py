@@ -33,7 +33,7 @@ class Node:
     gpu: Gpu | None = None
     host_memory_gib: Positive | None = None
     local_disk_path: str | None = None
-    """Node-local scratch, for example an NVMe mount."""
+    """Node-local scratch, for example an NVMe mount; environment variables ($USER) are expanded on the node."""
     local_disk_gib: Positive | None = None
 
     def __post_init__(self) -> None:
@@ -48,6 +48,8 @@ class Bin:
     min_nodes: Count
     max_nodes: Count
     max_walltime_min: Count
+    name: str | None = None
+    """What the site calls it: "2" on Summit; None: it has no name."""
 
     def __post_init__(self) -> None:
         if self.min_nodes > self.max_nodes:
@@ -60,13 +62,15 @@ class Queue:
 
     name: str
     bins: tuple[Bin, ...]
-    """Ascending, in the site's numbering; a job outside all of them cannot run in this queue."""
+    """By ascending number of nodes; a job outside all of them cannot run in this queue."""
     preemptable: bool = False
     """Jobs may be stopped and requeued by the site."""
     preemptable_after_min: Natural = 0
     """Minutes that a job of a preemptable queue runs undisturbed."""
     qos: str | None = None
     """Slurm's quality of service that goes with it."""
+    partition: str | None = None
+    """Slurm's partition, where it is not called as the queue; "": the site chooses it from the quality of service."""
 
     def __post_init__(self) -> None:
         if not self.bins:
@@ -106,10 +110,11 @@ class Machine:
     max_nodes: Count
     """Largest number of nodes that one job may ask for."""
     nodes_per_rack: Count | None = None
-    """None: the machine has no racks, or a job cannot ask for them."""
+    """None: the machine has no racks."""
     num_racks: Count | None = None
     rack_placement: RackPlacement = "none"
-    """How a job asks for whole racks: Slurm's --switches, a list of nodes from its topology, or --segment; LSF's compute units."""
+    """How a job asks for whole racks: Slurm's --switches, a list of nodes from its topology, or --segment; LSF's compute units.
+    With "none" a rack is a number of nodes, which the scheduler takes where it finds them."""
     queues: tuple[Queue, ...] = ()
     """The first is the default; a batch scheduler needs at least one."""
     account_required: bool = False
@@ -120,6 +125,10 @@ class Machine:
     """jsrun only: one resource set a rank (one GPU each), or one a node (what IBM's DDL wants)."""
     staging: Literal["none", "node_local"] = "none"
     """Whether jobs copy the corpus to node.local_disk_path before they start."""
+    staging_check: Literal["size", "sha256"] = "size"
+    """How a copy that an earlier job left is believed: size and time of what was verified then, or its SHA-256 again."""
+    staging_cleanup: Literal["keep", "remove"] = "keep"
+    """What becomes of the copy when a job ends: the next one uses it, or the site forbids to leave it."""
     header_lines: tuple[str, ...] = ()
     """Directives of the scheduler that the site wants, as they stand in a job script."""
     setup_lines: tuple[str, ...] = ()
@@ -137,8 +146,8 @@ class Machine:
         batch = self.scheduler != "local"
         if batch != bool(self.queues):
             raise ValueError(f"scheduler {self.scheduler!r} {'needs at least one [[queues]]' if batch else 'has no queues'}")
-        if (self.nodes_per_rack is None) != (self.rack_placement == "none"):
-            raise ValueError("nodes_per_rack and a rack_placement other than 'none' belong together")
+        if self.rack_placement != "none" and self.nodes_per_rack is None:
+            raise ValueError(f"rack_placement {self.rack_placement!r} needs nodes_per_rack")
         if self.scheduler not in _SCHEDULERS_OF.get(self.starter, (self.scheduler,)):
             raise ValueError(f"the starter {self.starter!r} does not start ranks in jobs of the scheduler {self.scheduler!r}")
         allowed = {"local": (), "slurm": ("switches", "node_list", "segment"), "lsf": ("compute_unit",)}[self.scheduler]

@@ -27,6 +27,13 @@ class CorpusFacts:
     train_sequences: int
     train_residues: int
     validation_sequences: int
+    num_bytes: int = 0
+    """Of all shards."""
+
+    @property
+    def mean_residues(self) -> float | None:
+        """Mean length of a training sequence; None where nothing is known of the corpus."""
+        return self.train_residues / self.train_sequences if self.train_sequences else None
 
 
 def check_model(recipe: Recipe) -> tuple[Architecture, Size]:
@@ -62,7 +69,14 @@ def read_corpus_facts(corpus: Path, *, must_exist: bool = True) -> CorpusFacts:
         splits = json.loads(content)["splits"]
         train, validation = splits["train"], splits["validation"]
         shards = [(str(shard["file"]), int(shard["bytes"])) for shard in (*train["shards"], *validation["shards"])]
-        facts = CorpusFacts(path.parent, hashlib.sha256(content).hexdigest(), int(train["sequences"]), int(train["residues"]), int(validation["sequences"]))
+        facts = CorpusFacts(
+            path.parent,
+            hashlib.sha256(content).hexdigest(),
+            int(train["sequences"]),
+            int(train["residues"]),
+            int(validation["sequences"]),
+            num_bytes=sum(num_bytes for _, num_bytes in shards),
+        )
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{path} is damaged: {type(error).__name__}: {error}. Make the corpus again with prottrans preprocess") from error
     for name, num_bytes in shards:

@@ -45,7 +45,7 @@ def render_header(job: Job) -> list[str]:
     options = [
         ("job-name", job.name),
         ("account", job.account),
-        ("partition", queue.name),
+        ("partition", queue.name if queue.partition is None else queue.partition or None),
         ("qos", queue.qos),
         ("nodes", str(allocation.num_nodes)),
         ("ntasks-per-node", str(allocation.ranks_per_node)),

@@ -1,0 +1,103 @@
+"""What a recipe's global batch comes to on so many ranks. Pure, and without reading a corpus: lengths are estimated.
+
+The recipe fixes which sequences a step sees; the number of ranks only decides where they are computed. Packed
+architectures run on any world size. Lane-wise ones keep each lane on one rank, so their lanes must divide evenly.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from ..architecture import Architecture
+from ..errors import ConfigError
+from ..machine import Machine
+from ..recipe import Phase, Recipe
+from .racks import has_whole_racks, largest_rack_count, racks_text
+
+ASSUMED_MEAN_RESIDUES = 300.0
+"""Mean length where no corpus is given; UniRef50 has about 310, BFD 185, UniRef100 400."""
+_SLACK = 1.25
+"""How much fuller than the mean the fullest micro batch of an even distribution is taken to be."""
+
+
+@dataclass(frozen=True)
+class PhaseBatch:
+    """One phase of a recipe on so many ranks."""
+
+    phase: int
+    num_sequences: int
+    """Of a step, over all ranks."""
+    mean_residues: float
+    """Of a sequence, cut to the phase's limit."""
+    num_ranks: int
+    bin_residues: int
+    """Most residues that a micro batch may have."""
+    num_micro_batches: int
+    """Of each rank and step: the accumulation steps."""
+
+    @property
+    def sequences_per_rank(self) -> float:
+        """The local batch."""
+        return self.num_sequences / self.num_ranks
+
+    @property
+    def residues_per_micro_batch(self) -> float:
+        """On the mean."""
+        return self.num_sequences * self.mean_residues / (self.num_ranks * self.num_micro_batches)
+
+    @property
+    def num_idle_ranks(self) -> int:
+        """Ranks for which a step has no sequence."""
+        return max(0, self.num_ranks - self.num_sequences)
+
+    def fullest_micro_batch(self, max_residues: int) -> int:
+        """Residues that the fullest micro batch is expected to have: even packing, but a whole long sequence always fits."""
+        return min(self.bin_residues, max(max_residues, math.ceil(_SLACK * self.residues_per_micro_batch)))
+
+
+def plan_batches(recipe: Recipe, *, num_ranks: int, mean_residues: float | None = None) -> list[PhaseBatch]:
+    """Every phase of a recipe on so many ranks; `mean_residues` is the corpus's mean length, if it is known."""
+    return [_plan_phase(recipe, number, phase, num_ranks, mean_residues or ASSUMED_MEAN_RESIDUES) for number, phase in enumerate(recipe.phases)]
+
+
+def _plan_phase(recipe: Recipe, number: int, phase: Phase, num_ranks: int, mean_residues: float) -> PhaseBatch:
+    mean = min(mean_residues, float(phase.max_residues))
+    num_sequences = phase.global_batch_size or max(1, int((phase.global_batch_residues or 0) / mean))
+    bin_residues = max(recipe.loading.bin_residues, phase.max_residues)
+    # As the packing does: bins over 99 % full are hardly ever even enough.
+    num_micro_batches = max(1, math.ceil(1.01 * num_sequences * mean / (num_ranks * bin_residues)))
+    return PhaseBatch(number, num_sequences, mean, num_ranks, bin_residues, num_micro_batches)
+
+
+def check_lanes(chosen: Architecture, recipe: Recipe, machine: Machine, *, num_nodes: int) -> None:
+    """Raises ConfigError with the nearest sizes when the lanes of a lane-wise architecture do not divide over the ranks."""
+    if not chosen.lanes:
+        return
+    num_ranks = num_nodes * machine.ranks_per_node
+    for number, phase in enumerate(recipe.phases):
+        lanes = phase.global_batch_size
+        if lanes is None:
+            raise ConfigError(f"{chosen.name} trains in lanes, one a sequence of a step: give phases.{number}.global_batch_size, not global_batch_residues")
+        if lanes % num_ranks:
+            raise ConfigError(
+                f"{chosen.name} keeps each of the {lanes:,} lanes of phases.{number}.global_batch_size on one rank, and {num_nodes} nodes "
+                f"have {num_ranks:,} ranks, which do not divide them: {_nearest_sizes(recipe, machine, num_nodes)}"
+            )
+
+
+def _nearest_sizes(recipe: Recipe, machine: Machine, num_nodes: int) -> str:
+    whole = has_whole_racks(machine) and machine.nodes_per_rack is not None and num_nodes % machine.nodes_per_rack == 0
+    unit = (machine.nodes_per_rack or 1) if whole else 1
+    limit = largest_rack_count(machine) if whole else machine.max_nodes
+    lanes = [phase.global_batch_size or 0 for phase in recipe.phases]
+    fitting = [count * unit for count in range(1, limit + 1) if all(number % (count * unit * machine.ranks_per_node) == 0 for number in lanes)]
+    below, above = [size for size in fitting if size < num_nodes], [size for size in fitting if size > num_nodes]
+    offers = [_size_text(machine, size, lanes, whole) for size in (*below[-1:], *above[:1])]
+    return f"the nearest sizes that do are {' and '.join(offers)}" if offers else "no size of this machine does; change the global batch"
+
+
+def _size_text(machine: Machine, num_nodes: int, lanes: list[int], whole: bool) -> str:
+    size = racks_text(num_nodes // (machine.nodes_per_rack or 1), machine.nodes_per_rack or 1) if whole else f"{num_nodes} nodes"
+    local = ", ".join(f"{number // (num_nodes * machine.ranks_per_node):,}" for number in lanes)
+    return f"{size} ({local} lanes a rank)"

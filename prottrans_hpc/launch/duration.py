@@ -1,0 +1,62 @@
+"""How long a training takes, from its arithmetic and an assumed utilisation, and how many chained jobs that is. Pure."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from ..architecture import Architecture
+from ..errors import ConfigError
+from ..machine import Machine
+from ..recipe import Recipe
+from .batch_arithmetic import PhaseBatch
+from .demand import time_text
+
+ASSUMED_UTILISATION = 0.30
+"""Model-FLOP utilisation that is assumed of GPUs unless one is given: a guess until a run of yours has been measured."""
+START_UP_MIN = 5
+"""Minutes of each job before its first step: starting ranks, reading the checkpoint."""
+MAX_JOBS = 100
+"""Sites allow about so many queued jobs a user."""
+
+
+def estimate_minutes(
+    recipe: Recipe,
+    machine: Machine,
+    chosen: Architecture,
+    shape: Any,
+    batches: list[PhaseBatch],
+    *,
+    utilisation: float = ASSUMED_UTILISATION,
+    first_step: int = 0,
+    last_step: int | None = None,
+) -> float | None:
+    """Minutes from `first_step` to `last_step` (None: the recipe's end); None where the profile gives no peak."""
+    gpu = machine.node.gpu
+    if gpu is None:
+        return None
+    special = len(chosen.vocabulary.prefix) + len(chosen.vocabulary.suffix)
+    flops, begin = 0.0, 0
+    for batch, phase in zip(batches, recipe.phases, strict=True):
+        end = begin + phase.steps
+        num_steps = max(0, min(end, recipe.num_steps if last_step is None else last_step) - max(begin, first_step))
+        flops += num_steps * batch.num_sequences * chosen.flops(shape, [round(batch.mean_residues) + special])
+        begin = end
+    num_ranks = batches[0].num_ranks - max((batch.num_idle_ranks for batch in batches), default=0)
+    return flops / (num_ranks * gpu.peak_tflops[recipe.precision] * 1e12 * utilisation) / 60.0
+
+
+def count_jobs(work_min: float, *, walltime_min: int, warning_min: int) -> int:
+    """Jobs of a chain that do so much work: each loses its start and the minutes before its end in which it saves. Raises ConfigError."""
+    useful = walltime_min - warning_min - START_UP_MIN
+    if useful <= 0:
+        raise ConfigError(
+            f"a job of {time_text(walltime_min)} has no time to work: {START_UP_MIN} minutes to start, {warning_min} to save; take a longer --walltime"
+        )
+    jobs = max(1, math.ceil(work_min / useful))
+    if jobs > MAX_JOBS:
+        raise ConfigError(
+            f"{time_text(work_min)} of work are {jobs:,} jobs of {time_text(walltime_min)}, more than the {MAX_JOBS} that sites let a user queue: "
+            f"take a larger size, or --chain {MAX_JOBS} and the same command again later"
+        )
+    return jobs

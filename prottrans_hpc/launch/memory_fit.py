@@ -1,0 +1,137 @@
+"""Whether a model can be trained in the memory of a rank, before anything is queued. Pure arithmetic, no torch.
+
+What is counted: fp32 weights, gradients and optimizer state; under bf16 the cast weights; the activations of the
+fullest micro batch as the architecture counts them; what LAMB needs beside its state in the moment of an update,
+when the activations are gone. A share of the memory is left to the runtime, workspaces and fragmentation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ..architecture import Architecture
+from ..errors import ConfigError
+from ..machine import Machine
+from ..recipe import Recipe
+from .batch_arithmetic import PhaseBatch
+
+GIB = 2**30
+MARGIN = 0.10
+"""Share of a GPU's, or a node's, memory that is not planned with."""
+
+_WEIGHT = 4
+_STATE = {"lamb": 8, "adamw": 8}
+"""Bytes a parameter of an optimizer's state: two moments in fp32."""
+_UPDATE = {"lamb": 12, "adamw": 0}
+"""Bytes a parameter that an update on a GPU needs for a moment: LAMB's scaled gradients, denominators and directions."""
+_CAST = {"fp32": 0, "bf16": 2}
+"""Bytes a parameter of the copies that autocast keeps of the weights during a step."""
+_STEP_RESIDUES = 256
+
+
+@dataclass(frozen=True)
+class MemoryNeed:
+    """Bytes that one rank needs."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    cast_weights: int
+    activations: int
+    """Of the fullest micro batch of any phase."""
+    update: int
+    """For a moment, when the activations are gone."""
+
+    @property
+    def fixed(self) -> int:
+        """What no choice of micro batch changes."""
+        return self.parameters + self.gradients + self.optimizer
+
+    @property
+    def peak(self) -> int:
+        """At the end of a forward pass or in the update, whichever is more."""
+        return self.fixed + max(self.cast_weights + self.activations, self.update)
+
+
+def memory_gib(machine: Machine) -> float | None:
+    """Memory of a rank: its GPU's, or its share of the node's; None where the profile does not say."""
+    if machine.node.gpu is not None:
+        return machine.node.gpu.memory_gib
+    return machine.node.host_memory_gib / machine.ranks_per_node if machine.node.host_memory_gib else None
+
+
+def memory_need(recipe: Recipe, chosen: Architecture, shape: Any, batches: list[PhaseBatch], *, on_gpu: bool) -> MemoryNeed:
+    """What a rank needs for the fullest micro batch that is expected."""
+    residues = [batch.fullest_micro_batch(recipe.phases[batch.phase].max_residues) for batch in batches]
+    return _need(recipe, chosen, shape, residues, on_gpu=on_gpu)
+
+
+def check_memory(recipe: Recipe, machine: Machine, chosen: Architecture, shape: Any, batches: list[PhaseBatch]) -> MemoryNeed | None:
+    """What a rank needs; None where the machine's memory is unknown. Raises ConfigError with the numbers when it cannot fit."""
+    memory = memory_gib(machine)
+    if memory is None:
+        return None
+    on_gpu, usable = machine.node.gpu is not None, memory * (1.0 - MARGIN) * GIB
+    need = memory_need(recipe, chosen, shape, batches, on_gpu=on_gpu)
+    if need.peak <= usable:
+        return need
+    longest = max(phase.max_residues for phase in recipe.phases)
+
+    def needed_with(bin_residues: int) -> int:
+        sizes = [min(bin_residues, batch.fullest_micro_batch(recipe.phases[batch.phase].max_residues)) for batch in batches]
+        return _need(recipe, chosen, shape, sizes, on_gpu=on_gpu).peak
+
+    place = f"{machine.node.gpu.name} of {machine.name} has" if machine.node.gpu else f"a rank on {machine.name} has"
+    raise ConfigError(
+        f"{recipe.architecture.name} {recipe.architecture.size} in {recipe.precision} does not fit: {need_text(need)}; {place} {memory:.1f} GiB, "
+        f"of which {100 * MARGIN:.0f} % are kept free. {_advice(recipe, usable, needed_with, longest)}"
+    )
+
+
+def need_text(need: MemoryNeed) -> str:
+    """The numbers, for people."""
+    parts = {
+        "parameters": need.parameters,
+        "gradients": need.gradients,
+        "optimizer": need.optimizer,
+        "bf16 weights": need.cast_weights,
+        "activations": need.activations,
+    }
+    said = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items() if size)
+    update = f" (an update needs {need.update / GIB:.2f} in their place)" if need.update > need.activations + need.cast_weights else ""
+    return f"a rank needs {need.peak / GIB:.1f} GiB: {said}{update}"
+
+
+def _need(recipe: Recipe, chosen: Architecture, shape: Any, residues: list[int], *, on_gpu: bool) -> MemoryNeed:
+    count = chosen.num_parameters(shape)
+    special = len(chosen.vocabulary.prefix) + len(chosen.vocabulary.suffix)
+    activations = [
+        chosen.activation_bytes(shape, _lengths(number, recipe.phases[phase].max_residues, special), recipe.precision) for phase, number in enumerate(residues)
+    ]
+    return MemoryNeed(
+        parameters=_WEIGHT * count,
+        gradients=_WEIGHT * count,
+        optimizer=_STATE[recipe.optimizer.name] * count,
+        cast_weights=_CAST[recipe.precision] * count,
+        activations=max(activations),
+        update=_UPDATE[recipe.optimizer.name] * count if on_gpu else 0,
+    )
+
+
+def _lengths(residues: int, max_residues: int, special: int) -> list[int]:
+    """Tokens of the sequences of a micro batch, the longest that there may be: what costs most where attention is kept."""
+    whole, rest = divmod(residues, max_residues)
+    return [max_residues + special] * whole + ([rest + special] if rest else [])
+
+
+def _advice(recipe: Recipe, usable: float, needed_with: Callable[[int], int], longest: int) -> str:
+    fitting = [size for size in range(longest, max(longest, recipe.loading.bin_residues) + 1, _STEP_RESIDUES) if needed_with(size) <= usable]
+    if fitting:
+        return f"Take smaller micro batches: --set loading.bin_residues={fitting[-1]} is the largest that fits (the step stays the same)"
+    other = "--set precision=bf16 halves the activations, if the hardware has it; else " if recipe.precision == "fp32" else ""
+    return (
+        f"Smaller micro batches do not help: a sequence of {longest} residues alone needs {needed_with(longest) / GIB:.1f} GiB. "
+        f"{other}take a machine with more memory a rank, a smaller model, or shorter sequences (phases.N.max_residues)"
+    )
