@@ -54,6 +54,16 @@ class RunDir:
         return self.path / "job.json"
 
     @property
+    def jobs_log(self) -> Path:
+        """One JSON object for each thing that happened to a batch job of this run: submitted, begun, ended, requeued."""
+        return self.path / "jobs.jsonl"
+
+    @property
+    def lease(self) -> Path:
+        """Which batch job works in this directory now; absent when none does."""
+        return self.path / "job.lease.json"
+
+    @property
     def exit_code(self) -> Path:
         """The exit code of the latest start, written by the job script when it ends."""
         return self.path / "job.exit-code"

@@ -22,7 +22,7 @@ from ..errors import ConfigError, IdentityError, ProttransError, SubmitError
 from ..machine import Allocation, Machine
 from ..recipe import Recipe, science
 from ..run_dir import Run, RunDir
-from . import foreground, submission
+from . import foreground, job_events, lease, submission
 from .checks import CorpusFacts
 from .job import Job
 from .job_script import render
@@ -129,18 +129,35 @@ def carry_out(plan: Plan, *, detach: bool) -> int:
 def _submit_chain(plan: Plan, directory: RunDir) -> None:
     """Submit the jobs of a chain; what is submitted is on the disk before the next one is tried."""
     scheduler, job_ids = plan.machine.scheduler, list[str]()
-    for _ in range(plan.num_jobs):
-        job_ids.append(submission.submit(scheduler, directory, after=job_ids[-1] if job_ids else None))
+    for number in range(1, plan.num_jobs + 1):
+        try:
+            job_ids.append(submission.submit(scheduler, directory, after=job_ids[-1] if job_ids else None))
+        except SubmitError as error:
+            raise type(error)(f"{error}{_already(job_ids, number, plan.num_jobs, directory)}") from error
         _write_jobs(directory, scheduler, job_ids)
+        job_events.record(directory, "submitted", job_id=job_ids[-1], restart=0, number=number, of=plan.num_jobs)
     terminal.note(f"submitted to {plan.machine.name}: job {', then '.join(job_ids)}")
+
+
+def _already(job_ids: Sequence[str], number: int, num_jobs: int, directory: RunDir) -> str:
+    """What of a chain is in the queue although the rest could not be submitted."""
+    if not job_ids:
+        return ""
+    named = f"job {job_ids[0]}" if len(job_ids) == 1 else f"jobs {', '.join(job_ids)}"
+    remedy = f"leave them, or stop them with: prottrans runs cancel {directory.path}"
+    return f". This was job {number} of a chain of {num_jobs}; {named} before it will run: {remedy}"
 
 
 def _check_idle(directory: RunDir) -> None:
     """Raises SubmitError when a batch job of this run directory may still run: two must never train in one."""
-    jobs = run_dir.read_jobs(directory)
-    if jobs is None or jobs.scheduler == "local":
-        return  # the lock tells
-    alive = [f"{job_id} ({state})" for job_id, state in submission.states(jobs.scheduler, jobs.job_ids).items() if state.is_alive]
+    jobs, held = run_dir.read_jobs(directory), lease.read_lease(directory)
+    asked: dict[str, list[str]] = {}
+    if jobs is not None and jobs.scheduler != "local":  # the lock tells of those
+        asked.setdefault(jobs.scheduler, []).extend(jobs.job_ids)
+    if held is not None and held.job_id not in asked.setdefault(held.scheduler, []):
+        asked[held.scheduler].append(held.job_id)
+    states = [found for scheduler, job_ids in asked.items() for found in submission.states(scheduler, job_ids).items()]
+    alive = [f"{job_id} ({state})" for job_id, state in states if state.is_alive]
     if alive:
         raise SubmitError(f"{directory.path} is in use by job {', '.join(alive)}: wait for it, or stop it with: prottrans runs cancel {directory.path}")
 

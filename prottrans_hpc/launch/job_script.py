@@ -26,8 +26,7 @@ def render(job: Job, header: Sequence[str]) -> bytes:
         "set -euo pipefail",
         f"run_dir={shlex.quote(str(job.run_dir.path))}",
         "",
-        "# Whoever comes later finds the exit code in the run directory.",
-        f"""trap 'code=$?; printf "%s\\n" "$code" > "$run_dir/{job.run_dir.exit_code.name}" || true; exit "$code"' EXIT""",
+        *_exit_trap_lines(job),
         "",
         *_setup_lines(job.machine),
         *_environment_lines(job),
@@ -35,13 +34,49 @@ def render(job: Job, header: Sequence[str]) -> bytes:
         "",
         *(_stop_file_lines if starter.asks_by_file else _signal_lines)(starter.signals),
         "",
+        *_begin_lines(job),
         *_command_lines(argv, job.run_dir, starter),
         *_WAIT_LINES,
         *(('rm -f "$stop_file"',) if starter.asks_by_file else ()),
         *(_HIDDEN_CODE_LINES if starter.hides_codes else ()),
-        *_EXIT_LINES,
+        *_STOPPED_LINES,
+        *_end_lines(job),
+        'exit "$code"',
     ]
     return os.fsencode("\n".join(lines) + "\n")
+
+
+def _exit_trap_lines(job: Job) -> list[str]:
+    write = f"""printf "%s\\n" "$code" > "$run_dir/{job.run_dir.exit_code.name}" || true"""
+    if job.machine.scheduler == "local":
+        return ["# Whoever comes later finds the exit code in the run directory.", f"""trap 'code=$?; {write}; exit "$code"' EXIT"""]
+    return [
+        "# Whoever comes later finds the exit code in the run directory, unless the directory is another job's.",
+        "next=''",
+        f"""trap 'code=$?; if [ "$next" != refused ]; then {write}; fi; exit "$code"' EXIT""",
+    ]
+
+
+def _begin_lines(job: Job) -> list[str]:
+    """A batch job asks whether the run is its to work on; processes of this computer hold a lock instead."""
+    if job.machine.scheduler == "local":
+        return []
+    return [
+        "# One job at a time works in a run directory, and none where nothing is left to do.",
+        f"next=$({_own_call(job, 'begin')})",
+        'if [ "$next" = finished ]; then exit 0; fi',
+        "",
+    ]
+
+
+def _end_lines(job: Job) -> list[str]:
+    if job.machine.scheduler == "local":
+        return []
+    return ["# Notes how the ranks ended, and settles what becomes of this job and of those that wait for it.", f'{_own_call(job, "end")} "$code" || true']
+
+
+def _own_call(job: Job, module: str) -> str:
+    return f'{shlex.join(job.module(module))} {job.machine.scheduler} "$run_dir"'
 
 
 def _setup_lines(machine: Machine) -> list[str]:
@@ -121,8 +156,7 @@ _HIDDEN_CODE_LINES = (
     'if [ -s "$code_file" ]; then code=$(cat "$code_file"); fi',
     'rm -f "$code_file"',
 )
-_EXIT_LINES = (
+_STOPPED_LINES = (
     "# Killed by the very signal that asks to stop, before it could be taken: stopped all the same.",
     'if [ -n "$stop" ]; then case "$code" in 130 | 138 | 140 | 143) code=75 ;; esac; fi',
-    'exit "$code"',
 )

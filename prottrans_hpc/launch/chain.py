@@ -1,0 +1,81 @@
+"""The jobs of one submission, each resuming where the one before it stopped: who comes after whom, and giving up the rest."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import time
+
+from .. import run_dir as run_dirs
+from .. import terminal
+from ..errors import ProttransError, SubmitError
+from ..run_dir import RunDir
+from . import job_events, submission
+from .own_job import Start
+
+_SUBMISSION_S = 60.0
+"""Longest wait for a submission that is under way: its first job may end before its last is submitted."""
+_POLL_S = 0.2
+_ASK_S = 30.0
+"""The job script waits while the scheduler is asked."""
+
+
+def read_chain(run_dir: RunDir) -> tuple[str, ...]:
+    """The job ids of the latest submission, in order; waits for one that is under way."""
+    _wait_for_submission(run_dir)
+    jobs = run_dirs.read_jobs(run_dir)
+    return jobs.job_ids if jobs else ()
+
+
+def cancel_rest(run_dir: RunDir, start: Start, reason: str) -> None:
+    """Take the jobs after this one out of the queue, and note why. Raises nothing: a job that stays finds the same out when it begins.
+
+    The last goes first, for the end of a job starts the one after it.
+    """
+    try:
+        chain = read_chain(run_dir)
+    except (ProttransError, OSError) as error:
+        terminal.warn(f"the rest of the chain was not cancelled: {error}")
+        return
+    after = chain[chain.index(start.job_id) + 1 :] if start.job_id in chain else ()
+    waiting = _alive(start.scheduler, after)
+    cancelled, failed = [], []
+    for job_id in reversed(waiting):
+        try:
+            submission.cancel(start.scheduler, job_id, timeout_s=_ASK_S)
+            cancelled.append(job_id)
+        except SubmitError as error:
+            terminal.warn(str(error))
+            failed.append(job_id)
+    if waiting:
+        with contextlib.suppress(OSError):
+            job_events.note(run_dir, start, "cancelled_rest", cancelled=cancelled[::-1], not_cancelled=failed[::-1], reason=reason)
+        terminal.note(f"cancelled the rest of the chain ({', '.join(cancelled[::-1]) or 'none could be'}): {reason}")
+
+
+def _alive(scheduler: str, job_ids: tuple[str, ...]) -> list[str]:
+    """Those that are not over; all when the scheduler does not say."""
+    try:
+        states = submission.states(scheduler, job_ids, timeout_s=_ASK_S)
+    except SubmitError as error:
+        terminal.warn(str(error))
+        return list(job_ids)
+    return [job_id for job_id in job_ids if job_id in states and states[job_id].is_alive]
+
+
+def _wait_for_submission(run_dir: RunDir) -> None:
+    """`gang.carry_out` holds the run's lock while it submits."""
+    deadline = time.monotonic() + _SUBMISSION_S
+    descriptor = os.open(run_dir.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        while time.monotonic() < deadline:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                time.sleep(_POLL_S)
+            except OSError:  # no locks here: nothing to wait for
+                return
+    finally:
+        os.close(descriptor)
