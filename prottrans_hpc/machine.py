@@ -179,6 +179,8 @@ class Allocation:
     queue: str | None = None
     num_racks: int | None = None
     """Whole racks that the nodes must fill; None: any nodes."""
+    node_names: tuple[str, ...] = ()
+    """With rack_placement "node_list": the very nodes, chosen when the job is submitted."""
 
     @property
     def num_ranks(self) -> int:

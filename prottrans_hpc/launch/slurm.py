@@ -42,6 +42,7 @@ def render_header(job: Job) -> list[str]:
     """The #SBATCH lines."""
     machine, allocation = job.machine, job.allocation
     queue = machine.queue(allocation.queue)
+    walltime_min = allocation.walltime_min or 0
     options = [
         ("job-name", job.name),
         ("account", job.account),
@@ -51,10 +52,14 @@ def render_header(job: Job) -> list[str]:
         ("ntasks-per-node", str(allocation.ranks_per_node)),
         ("cpus-per-task", str(allocation.cpu_cores_per_rank)),
         ("gpus-per-node", str(machine.node.num_gpus) if machine.node.num_gpus else None),
-        ("time", walltime(allocation.walltime_min or 0)),
+        # All of it: a site's default is a share for each core.
+        ("mem", "0"),
+        ("time", walltime(walltime_min)),
         *_rack_options(job),
-        ("signal", f"B:USR1@{60 * machine.warning_min}"),
-        ("output", f"{job.run_dir.job_log}"),
+        # B: to the script alone, which tells srun. The ranks would get it twice, and a second one in the middle of saving.
+        ("signal", f"B:USR1@{min(60 * machine.warning_min, 30 * walltime_min)}"),
+        # In a path of Slurm's % begins a pattern (%j is the job id).
+        ("output", str(job.run_dir.job_log).replace("%", "%%")),
         ("open-mode", "append"),
     ]
     return [
@@ -70,11 +75,14 @@ def _rack_options(job: Job) -> list[tuple[str, str | None]]:
     racks, per_rack = job.allocation.num_racks, job.machine.nodes_per_rack
     if racks is None:
         return []
-    if job.machine.rack_placement == "switches":
-        return [("switches", str(racks))]
-    if job.machine.rack_placement == "segment":
-        return [("segment", str(per_rack))]
-    return []
+    options: dict[str, list[tuple[str, str | None]]] = {
+        # It counts leaf switches; without a time after the @ the job waits for that many as long as the site lets it (max_switch_wait).
+        "switches": [("switches", str(racks))],
+        # Slurm 23.11 and later, with topology/block.
+        "segment": [("segment", str(per_rack))],
+        "node_list": [("nodelist", ",".join(job.allocation.node_names))] if job.allocation.node_names else [],
+    }
+    return options.get(job.machine.rack_placement, [])
 
 
 def walltime(minutes: int) -> str:
@@ -84,8 +92,8 @@ def walltime(minutes: int) -> str:
 
 
 def _quoted(text: str) -> str:
-    """A value of an #SBATCH line; Slurm knows double quotes and backslashes there, and % starts a pattern in paths."""
-    return text if re.fullmatch(r"[A-Za-z0-9._:@/,=+-]+", text) else '"' + re.sub(r'(["\\])', r"\\\1", text) + '"'
+    """A value of an #SBATCH line; Slurm knows double quotes and backslashes there."""
+    return text if re.fullmatch(r"[A-Za-z0-9._:@/,=+%-]+", text) else '"' + re.sub(r'(["\\])', r"\\\1", text) + '"'
 
 
 def submit_argv(run_dir: RunDir, after: str | None) -> list[str]:
@@ -112,6 +120,16 @@ def parse_states(output: str) -> dict[str, State]:
     return {job_id: _STATES.get(state, State.UNKNOWN) for job_id, state in found}
 
 
+_CANCEL = """
+scancel --state=PENDING "$1"
+if squeue --noheader --states=RUNNING --jobs="$1" 2>/dev/null | grep -q .; then scancel --batch --signal=USR1 "$1"; fi
+"""
+
+
 def cancel_argv(job_id: str) -> list[str]:
-    """The command that cancels a job; its ranks get SIGTERM first, then SIGKILL after the site's KillWait."""
-    return ["scancel", job_id]
+    """The command that takes a waiting job out of the queue, and asks a running one to save and stop.
+
+    A plain scancel would send SIGTERM to everything and SIGKILL after the site's KillWait, often 30 s, saved or not.
+    The signal goes to the job script, which tells the ranks; the job then ends with 75 and counts as FAILED.
+    """
+    return ["bash", "-euc", _CANCEL, "cancel", job_id]

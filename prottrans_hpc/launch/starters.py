@@ -47,8 +47,11 @@ def _torchrun(job: Job) -> list[str]:
 
 
 def _srun(job: Job) -> list[str]:
-    # A task that fails ends the others at once; Slurm 22.05 and later no longer take --cpus-per-task over from the job.
-    return ["srun", "--kill-on-bad-exit=1", f"--cpus-per-task={job.allocation.cpu_cores_per_rank}", *job.command]
+    allocation = job.allocation
+    gang = [f"--nodes={allocation.num_nodes}", f"--ntasks={allocation.num_ranks}", f"--ntasks-per-node={allocation.ranks_per_node}"]
+    # The environment of the script, whatever SBATCH_EXPORT says at this site: with NONE the ranks would not even have a PATH.
+    # Slurm 22.05 and later do not take --cpus-per-task over from the job. A task that fails ends the others.
+    return ["srun", "--export=ALL", *gang, f"--cpus-per-task={allocation.cpu_cores_per_rank}", "--cpu-bind=cores", "--kill-on-bad-exit=1", *job.command]
 
 
 def _jsrun(job: Job) -> list[str]:
@@ -92,7 +95,7 @@ STARTERS: dict[str, Starter] = {
     # torchrun passes on TERM and dies of USR1 and USR2.
     "torchrun": Starter(_torchrun, {"TERM": "TERM", "INT": "TERM", "USR1": "TERM", "USR2": "TERM"}, hides_codes=True),
     "none": Starter(_none, _SAME),
-    # srun ends the step on TERM; USR1 it hands on.
+    # srun hands USR1 and USR2 on; at TERM it kills the ranks with SIGKILL, at INT it tells what they do.
     "srun": Starter(_srun, {"TERM": "USR1", "INT": "USR1", "USR1": "USR1", "USR2": "USR2"}),
     "jsrun": Starter(
         _jsrun,
