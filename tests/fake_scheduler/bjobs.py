@@ -1,0 +1,53 @@
+"""A stand-in for `bjobs`: the states of jobs, in the one format that is asked for here."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Sequence
+
+from lsf_state import FINISHED, Job, here, refuse
+
+FIELDS = {"jobid": "id", "stat": "stat", "exit_reason": "exit_reason", "exit_code": "exit_code", "queue": "queue", "job_name": "name"}
+
+
+def main(arguments: Sequence[str]) -> None:
+    state, rest, fields, delimiter, ids = here(), list(arguments), ["jobid", "stat"], " ", list[int]()
+    shows_ended = has_header = False
+    has_header = True
+    while rest:
+        word = rest.pop(0)
+        if word == "-a":
+            shows_ended = True
+        elif word == "-noheader":
+            has_header = False
+        elif word == "-o" and rest:
+            match = re.fullmatch(r"([a-z_ ]+?)(?:\s+delimiter='(.)')?", rest.pop(0))
+            if not match or any(field not in FIELDS for field in match[1].split()):
+                refuse("bjobs: bad -o format")
+            fields, delimiter = match[1].split(), match[2] or " "
+        elif re.fullmatch(r"\d+", word):
+            ids.append(int(word))
+        else:
+            refuse(f"{word}: Illegal option.")
+    if has_header:
+        print(delimiter.join(field.upper() for field in fields))
+    missing = False
+    for job_id in ids or [job["id"] for job in state.jobs()]:
+        job = state.read(job_id)
+        # An ended job is named by its id for a while even without -a.
+        if job is None:
+            print(f"Job <{job_id}> is not found", file=sys.stderr)
+            missing = True
+        elif ids or shows_ended or job["stat"] not in FINISHED:
+            print(delimiter.join(_value(job, field) for field in fields))
+    sys.exit(255 if missing else 0)
+
+
+def _value(job: Job, field: str) -> str:
+    value = job.get(FIELDS[field])
+    return "-" if value is None else str(value)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
