@@ -12,8 +12,9 @@ from typing import Any
 import click
 
 from .. import terminal
-from ..errors import RequeueRequested
+from ..errors import ConfigError, RequeueRequested
 from ..stage import Request, run_stage
+from .demand import Demand, parse_walltime
 
 Command = Callable[..., Any]
 
@@ -46,6 +47,57 @@ def as_json(command: Command) -> Command:
     """Add ``--json``."""
     option = click.option("--json", "as_json", is_flag=True, help="Print data as JSON on standard output.")
     return option(command)
+
+
+def as_minutes(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
+    """The callback of an option that takes H:MM; "auto" is None."""
+    try:
+        return None if value is None else parse_walltime(value)
+    except ConfigError as error:
+        raise click.BadParameter(str(error), ctx, param) from error
+
+
+def machine_option(command: Command) -> Command:
+    """Add ``--machine``, the name or path of a profile."""
+    help_text = "A machine profile of hpc/, or a path that ends in .toml."
+    return click.option("--machine", metavar="NAME", default="laptop", show_default=True, help=help_text)(command)
+
+
+def size(command: Command) -> Command:
+    """Add ``--racks``, ``--nodes``, ``--gpus``, ``--partial-rack``, ``--walltime`` and ``--queue``; the verb gets them as `demand`, a Demand."""
+
+    @click.option("--racks", "num_racks", metavar="R", type=click.IntRange(1), help="Whole racks.")
+    @click.option("--nodes", "num_nodes", metavar="N", type=click.IntRange(1), help="On a laptop: groups of processes.  [default: 1]")
+    @click.option("--gpus", "num_gpus", metavar="G", type=click.IntRange(1), help="All GPUs of so many nodes.")
+    @click.option("--partial-rack", is_flag=True, help="Nodes that do not fill whole racks are meant.")
+    @click.option(
+        "--walltime", "walltime_min", metavar="H:MM|auto", callback=as_minutes, help="How long a job may run.  [default: auto, the longest for its size]"
+    )
+    @click.option("--queue", metavar="Q", help="A queue of the machine.  [default: its first]")
+    @functools.wraps(command)
+    def wrapped(
+        *args: Any,
+        num_racks: int | None,
+        num_nodes: int | None,
+        num_gpus: int | None,
+        partial_rack: bool,
+        walltime_min: int | None,
+        queue: str | None,
+        **kwargs: Any,
+    ) -> Any:
+        return command(*args, demand=Demand(num_racks, num_nodes, num_gpus, partial_rack, walltime_min, queue), **kwargs)
+
+    return wrapped
+
+
+def account(command: Command) -> Command:
+    """Add ``--account``."""
+    return click.option("--account", metavar="A", help="The project that the machine charges.")(command)
+
+
+def settings(command: Command) -> Command:
+    """Add ``--set``."""
+    return click.option("--set", "settings", metavar="KEY=VALUE", multiple=True, help="Change the recipe: section.key=value; may be repeated.")(command)
 
 
 def path_argument(*declarations: str, **attributes: Any) -> Callable[[Command], Command]:

@@ -3,84 +3,164 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ... import errors, terminal
-from ..options import examples, path_option, verbosity
+from ..demand import AUTO, Demand, time_text
+from ..options import account, as_minutes, examples, machine_option, path_option, settings, size, verbosity
 
 if TYPE_CHECKING:
     from ..gang import Plan
+    from ..prospect import Prospect
 
 _EXAMPLES = examples(
     "prottrans pretrain tiny_prot_bert --corpus corpus",
     "prottrans pretrain tiny_prot_bert --corpus corpus --nodes 2 --steps 100 --run-dir runs/first",
     "prottrans pretrain my_recipe.toml --corpus corpus --set optimizer.learning_rate=2e-3 --set phases.0.steps=500",
     "prottrans pretrain tiny_prot_bert --corpus corpus --dry-run > job.sh",
+    "prottrans pretrain prot_bert_bfd --corpus bfd --machine summit --racks 52 --account ABC123 --chain 2 --dry-run",
 )
 
 _RANK_FLAGS: dict[int, tuple[str, ...]] = {terminal.QUIET: ("--quiet",), terminal.NORMAL: (), terminal.VERBOSE: ("--verbose",)}
 
 
+@dataclass(frozen=True)
+class _Choices:
+    """The command line."""
+
+    recipe: str
+    corpus: Path
+    machine: str
+    demand: Demand
+    account: str | None
+    chain: int | str | None
+    """Jobs of a chain, or "auto"; None: one job."""
+    total_min: int | None
+    run_dir: Path | None
+    steps: int | None
+    settings: tuple[str, ...]
+    dry_run: bool
+    detach: bool
+    follow: bool
+
+
+def _as_chain(ctx: click.Context, param: click.Parameter, value: str | None) -> int | str | None:
+    if value is None or value == AUTO:
+        return value
+    if not value.isdecimal() or not 1 <= int(value) <= 100:
+        raise click.BadParameter(f"{value!r} is neither 'auto' nor a number of jobs from 1 to 100", ctx, param)
+    return int(value)
+
+
 @click.command(epilog=_EXAMPLES)
 @click.argument("recipe", metavar="RECIPE")
 @path_option("--corpus", metavar="CORPUS", required=True, help="A folder that `prottrans preprocess` wrote.")
-@click.option("--machine", metavar="NAME", default="laptop", show_default=True, help="A machine profile of hpc/, or a path that ends in .toml.")
-@click.option("--nodes", metavar="N", type=click.IntRange(1), default=1, show_default=True, help="On a laptop: groups of processes.")
+@machine_option
+@size
+@account
+@click.option("--chain", metavar="N|auto", callback=_as_chain, help="Submit N jobs, each resuming the one before; auto: as many as the training takes.")
+@click.option("--total-time", "total_min", metavar="H:MM", callback=as_minutes, help="What the whole training takes, if you know it; for --chain auto.")
 @path_option("--run-dir", metavar="DIR", help="Where the run lives.  [default: runs/RECIPE-ID, the same for the same experiment]")
 @click.option("--steps", metavar="N", type=click.IntRange(1), help="End after N optimizer steps in all, resumed ones counted.")
-@click.option("--set", "settings", metavar="KEY=VALUE", multiple=True, help="Change the recipe: section.key=value; may be repeated.")
+@settings
 @click.option("--dry-run", is_flag=True, help="Print the job script, and do nothing else.")
 @click.option("--detach", is_flag=True, help="Run in the background.")
+@click.option("--follow", is_flag=True, help="Print the log of a batch job as it grows, until it ends.")
 @verbosity
-def pretrain(
-    recipe: str, corpus: Path, machine: str, nodes: int, run_dir: Path | None, steps: int | None, settings: tuple[str, ...], dry_run: bool, detach: bool
-) -> int:
+def pretrain(**given: Any) -> int:
     """Pre-train a model as RECIPE says: a name from jobs/, or a path that ends in .toml.
 
     The same command resumes a run that was stopped: by Ctrl-C, a signal, a crash or --steps. While it runs, metrics.jsonl and logs/ in the run
     directory grow; checkpoints/ holds what it resumes from. Exit code 75 means: stopped with its state saved, run the same command again.
+    On a machine with a batch system the job is submitted; `prottrans plan` says what it asks for, and why.
     """
     from .. import gang
 
-    plan = _plan(recipe, corpus, machine, nodes, run_dir, steps, settings, must_exist=not dry_run)
+    choices = _Choices(**given)
+    if choices.follow and choices.detach:
+        raise click.UsageError("--follow and --detach contradict each other")
+    plan = _plan(choices)
     run = gang.existing_run(plan) if plan.corpus.sha256 else None
     _introduce(plan, gang.describe(plan, run))
-    if dry_run:
+    if choices.dry_run:
         sys.stdout.flush()
         sys.stdout.buffer.write(plan.script)
         return errors.DONE
-    code = gang.carry_out(plan, detach=detach)
-    if not detach:
+    if plan.machine.scheduler != "local":
+        return _submit(plan, follow=choices.follow)
+    code = gang.carry_out(plan, detach=choices.detach)
+    if not choices.detach:
         _conclude(plan, code)
     return code
 
 
-def _plan(
-    recipe_name: str, corpus: Path, machine_name: str, nodes: int, folder: Path | None, steps: int | None, settings: tuple[str, ...], *, must_exist: bool
-) -> Plan:
+def _plan(choices: _Choices) -> Plan:
     """Everything decided and checked, nothing touched yet."""
     from ... import config
     from ...machine import read_machine
     from ...recipe import read_recipe
     from ...run_dir import RunDir
-    from .. import checks, gang, planner
+    from .. import checks, gang, planner, prospect
 
-    recipe, machine = read_recipe(recipe_name, settings), read_machine(machine_name)
-    chosen, size = checks.check_model(recipe)
-    if steps is not None and steps > recipe.num_steps:
-        raise errors.ConfigError(f"--steps {steps} is more than the recipe's {recipe.num_steps}: lengthen a phase, as in --set phases.0.steps={steps}")
-    allocation = planner.plan(recipe, machine, num_nodes=nodes)
-    facts = checks.read_corpus_facts(corpus, must_exist=must_exist)
-    name = gang.usable_name(recipe_name)
-    path = (folder or gang.default_run_dir(recipe, name, corpus)).resolve()
-    config.check_name(path.name, what="the name of the run directory")
-    terminal.note(f"model: {checks.model_line(recipe, chosen, size)}; {recipe.num_steps:,} steps ({recipe_name})")
-    for remark in (*checks.remarks(recipe, facts), *planner.remarks(recipe, machine, allocation)):
+    recipe, machine = read_recipe(choices.recipe, choices.settings), read_machine(choices.machine)
+    chosen, model_size = checks.check_model(recipe)
+    if choices.steps is not None and choices.steps > recipe.num_steps:
+        raise errors.ConfigError(
+            f"--steps {choices.steps} is more than the recipe's {recipe.num_steps}: lengthen a phase, as in --set phases.0.steps={choices.steps}"
+        )
+    planner.check_account(machine, choices.account)
+    facts = checks.read_corpus_facts(choices.corpus, must_exist=not choices.dry_run)
+    name = gang.usable_name(choices.recipe)
+    run_dir = RunDir((choices.run_dir or gang.default_run_dir(recipe, name, choices.corpus)).resolve())
+    config.check_name(run_dir.path.name, what="the name of the run directory")
+    done = max(run_dir.checkpoint_steps(), default=0) if machine.scheduler != "local" else 0
+    assumptions = prospect.Assumptions(choices.total_min, first_step=done, last_step=choices.steps)
+    seen = prospect.look_ahead(recipe, machine, choices.demand, corpus=facts, assumptions=assumptions)
+    terminal.note(f"model: {checks.model_line(recipe, chosen, model_size)}; {recipe.num_steps:,} steps ({choices.recipe})")
+    for remark in (*checks.remarks(recipe, facts), *planner.remarks(recipe, machine, seen.allocation)):
         terminal.note(f"note: {remark}")
-    return gang.Plan(recipe, name, facts, machine, allocation, steps, RunDir(path), _RANK_FLAGS[terminal.verbosity()])
+    flags = _RANK_FLAGS[terminal.verbosity()]
+    return gang.Plan(recipe, name, facts, machine, seen.allocation, choices.steps, run_dir, flags, choices.account, _num_jobs(choices, seen))
+
+
+def _num_jobs(choices: _Choices, seen: Prospect) -> int:
+    """Jobs of the chain. Raises ConfigError where there can be none, or nobody knows how many."""
+    if seen.machine.scheduler == "local":
+        if choices.chain is not None or choices.total_min is not None:
+            raise errors.ConfigError(f"--chain and --total-time are for batch systems; {seen.machine.name} has none: the same command goes on where it stopped")
+        return 1
+    if isinstance(choices.chain, int):
+        return choices.chain
+    if choices.chain is None:
+        if seen.work_min is not None and seen.work_min > (seen.allocation.walltime_min or 0):
+            terminal.note(f"note: about {time_text(seen.work_min)} of work do not fit into one job: --chain auto submits as many as it takes")
+        return 1
+    if seen.num_jobs is None:
+        raise errors.ConfigError(f"how long the training takes on {seen.machine.name} is unknown: give --total-time H:MM, or --chain N")
+    return seen.num_jobs
+
+
+def _submit(plan: Plan, *, follow: bool) -> int:
+    """Submit to the batch system; with `follow` wait for the end and give the job's exit code."""
+    from ... import run_dir
+    from .. import gang
+
+    if not follow:
+        return gang.carry_out(plan, detach=True)
+    from ..follow import follow as follow_log
+    from ..follow import log_size
+
+    log_from = log_size(plan.run_dir)
+    gang.carry_out(plan, detach=True)
+    jobs = run_dir.read_jobs(plan.run_dir)
+    code = follow_log(plan.run_dir, jobs.job_ids if jobs else (), log_from=log_from)
+    if code != errors.INTERRUPTED:
+        _conclude(plan, code)
+    return code
 
 
 def _introduce(plan: Plan, state: str) -> None:
@@ -91,6 +171,10 @@ def _introduce(plan: Plan, state: str) -> None:
         terminal.note(f"corpus: {corpus.path}: {corpus.train_sequences:,} proteins, {corpus.train_residues:,} residues to train on")
     cores = f"{allocation.cpu_cores_per_rank} CPU {'core' if allocation.cpu_cores_per_rank == 1 else 'cores'} a rank"
     terminal.note(f"machine: {plan.machine.name}, {num_ranks_text(allocation)}, {cores}{', 1 GPU a rank' if allocation.gpus_per_rank else ''}")
+    if allocation.walltime_min is not None:
+        jobs = f", a chain of {plan.num_jobs} jobs" if plan.num_jobs > 1 else ""
+        racks = f"{allocation.num_racks} whole {'rack' if allocation.num_racks == 1 else 'racks'}, " if allocation.num_racks else ""
+        terminal.note(f"job: {racks}queue {allocation.queue}, walltime {time_text(allocation.walltime_min)}{jobs}")
     terminal.note(f"run directory: {plan.run_dir.path} ({state})")
 
 
