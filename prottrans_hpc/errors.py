@@ -94,6 +94,22 @@ class RankLostError(ProttransError):
     exit_code = REQUEUE
 
 
+class NodeError(ProttransError):
+    """What failed on one node, told on all ranks; ends them all with the code of what failed there."""
+
+    def __init__(self, message: str, *, code: int) -> None:
+        super().__init__(message)
+        self.exit_code = code
+
+
+class FarmError(ProttransError):
+    """A job of a farm failed for good; ends the farm with that job's exit code."""
+
+    def __init__(self, message: str, *, code: int) -> None:
+        super().__init__(message)
+        self.exit_code = code
+
+
 class RequeueRequested(ProttransError):  # noqa: N818 - a request by the scheduler, not a fault
     """The work stopped early on a signal, with its state saved."""
 

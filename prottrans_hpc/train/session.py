@@ -11,7 +11,7 @@ from torch import nn
 from .. import architecture
 from ..architecture import Architecture
 from ..comm import Comm, ParallelModel
-from ..corpus.index import read_index
+from ..corpus.index import Index, read_index
 from ..corpus.order import SamplePosition
 from ..corpus.reader import Corpus
 from ..errors import IdentityError
@@ -78,11 +78,16 @@ class Session:
         )
 
 
-def open_session(run: Run, run_dir: RunDir, comm: Comm, *, start_id: str, records: Records | None) -> Session:
-    """Build everything, with starting weights. Collective. Raises IdentityError when the corpus is not that of run.json."""
+def read_corpus_index(run: Run) -> Index:
+    """The index of the run's corpus. Raises IdentityError when the corpus is not that of run.json."""
     index = read_index(run.corpus)
     if index.sha256 != run.corpus_sha256:
         raise IdentityError(f"the corpus {run.corpus} has changed since the run was made: its index had SHA-256 {run.corpus_sha256}, it now has {index.sha256}")
+    return index
+
+
+def open_session(run: Run, run_dir: RunDir, comm: Comm, *, index: Index, start_id: str, records: Records | None) -> Session:
+    """Build everything, with starting weights; `index` is the corpus where this node reads it. Collective."""
     recipe = run.recipe
     record = architecture.get(recipe.architecture.name)
     shape = record.size(recipe.architecture.size).shape

@@ -19,7 +19,8 @@ from . import environment, preemption, resume, retention
 from .loop import train
 from .records import Records
 from .run_lock import only_start
-from .session import Session, open_session
+from .session import Session, open_session, read_corpus_index
+from .staging import staged
 
 _log = logging.getLogger(__name__)
 
@@ -44,12 +45,17 @@ def _start(run: Run, run_dir: RunDir, comm: Comm, context: RankContext, *, start
         durable.write_json(run_dir.environment_json, described)
         for name in retention.remove_leftovers(run_dir):
             _log.info("removed %s, which a stopped save had left", name)
-    session = open_session(run, run_dir, comm, start_id=start_id, records=records)
+    with staged(read_corpus_index(run), run.machine, comm, context, timeout_s=run.recipe.parallel.timeout_s) as index:
+        _go_on(open_session(run, run_dir, comm, index=index, start_id=start_id, records=records), start_id=start_id)
+
+
+def _go_on(session: Session, *, start_id: str) -> None:
+    """From the newest checkpoint, or the beginning, to the last step."""
+    run, comm = session.run, session.comm
     resumed_from = resume.restore(session)
-    if records is not None:
-        records.event(
-            "start", start_id=start_id, step=session.progress.step, resumed_from=resumed_from, world_size=comm.world_size, versions=described["versions"]
-        )
+    if session.records is not None:
+        versions = environment.versions()
+        session.records.event("start", start_id=start_id, step=session.progress.step, resumed_from=resumed_from, world_size=comm.world_size, versions=versions)
     if session.progress.step >= run.last_step:
         _log.info("nothing to do: this run finished step %d, and %d was its last", session.progress.step, run.last_step)
         _tell_stop(session, "finished before", errors.DONE)

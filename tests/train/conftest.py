@@ -110,13 +110,14 @@ StartRanks = Callable[..., Gang]
 
 @pytest.fixture
 def start_ranks(tmp_path: Path) -> Iterator[StartRanks]:
-    """`start_ranks(run_dir, n, main=None, env={})` starts n ranks; `main` is a script that stands in for the package's command."""
+    """`start_ranks(run_dir, n, main=None, env={}, num_nodes=1)` starts n ranks; `main` is a script that stands in for the package's command."""
     gangs: list[Gang] = []
 
-    def start(run_dir: Path, n: int, *, main: Path | None = None, env: dict[str, str] | None = None) -> Gang:
+    def start(run_dir: Path, n: int, *, main: Path | None = None, env: dict[str, str] | None = None, num_nodes: int = 1) -> Gang:
         environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"} | (env or {})
         command = [str(main)] if main else ["-m", "prottrans_hpc", "pretrain"]
-        starter = ["-m", "prottrans_hpc.launch.local_ranks", "--nodes", "1", "--ranks-per-node", str(n), "--run-dir", str(run_dir), "--hold-stop-signals", "--"]
+        size = ["--nodes", str(num_nodes), "--ranks-per-node", str(n // num_nodes)]
+        starter = ["-m", "prottrans_hpc.launch.local_ranks", *size, "--run-dir", str(run_dir), "--hold-stop-signals", "--"]
         errors = tmp_path / f"start-{len(gangs)}.err"
         with errors.open("wb") as stream:
             process = subprocess.Popen([sys.executable, *starter, sys.executable, *command, str(run_dir)], env=environment, stdout=stream, stderr=stream)
@@ -131,19 +132,38 @@ def start_ranks(tmp_path: Path) -> Iterator[StartRanks]:
 
 @pytest.fixture(scope="session")
 def make_run(small_corpus: Path) -> Callable[..., Path]:
-    """`make_run(folder, "section.key=value"..., num_ranks=2)` writes the run.json of a micro run; `stop_after_step=N` ends it early."""
+    """`make_run(folder, "section.key=value"..., num_ranks=2)` writes the run.json of a micro run; `stop_after_step=N` ends it early.
+
+    `corpus` and `machine` stand in for the small corpus and the laptop.
+    """
     from prottrans_hpc import run_dir
     from prottrans_hpc.corpus.index import read_index
-    from prottrans_hpc.machine import Allocation, read_machine
+    from prottrans_hpc.machine import Allocation, Machine, read_machine
     from prottrans_hpc.recipe import read_recipe
     from prottrans_hpc.run_dir import Run
 
-    def make(folder: Path, *settings: str, num_ranks: int = 2, stop_after_step: int | None = None) -> Path:
+    def make(
+        folder: Path,
+        *settings: str,
+        num_ranks: int = 2,
+        stop_after_step: int | None = None,
+        corpus: Path = small_corpus,
+        machine: Machine | None = None,
+    ) -> Path:
         recipe = read_recipe("tiny_prot_bert", (*MICRO, *settings))
         allocation = Allocation(num_nodes=1, ranks_per_node=num_ranks, cpu_cores_per_rank=1, gpus_per_rank=0)
-        sha256 = read_index(small_corpus).sha256
+        sha256 = read_index(corpus).sha256
         run = Run(
-            "0123456789abcdef", "2026-01-01T00:00:00Z", "0", recipe, "micro", str(small_corpus), sha256, read_machine("laptop"), allocation, stop_after_step
+            "0123456789abcdef",
+            "2026-01-01T00:00:00Z",
+            "0",
+            recipe,
+            "micro",
+            str(corpus),
+            sha256,
+            machine or read_machine("laptop"),
+            allocation,
+            stop_after_step,
         )
         directory = run_dir.prepare(folder)
         if directory.run_json.exists():
