@@ -17,33 +17,48 @@ from hypothesis import strategies as st
 
 from prottrans_hpc import __version__
 from prottrans_hpc.errors import ConfigError
-from prottrans_hpc.launch import job_script, local, planner
+from prottrans_hpc.launch import job_script, planner
+from prottrans_hpc.launch.demand import Demand
 from prottrans_hpc.launch.job import Job
+from prottrans_hpc.launch.schedulers import SCHEDULERS
 from prottrans_hpc.launch.starters import STARTERS
 from prottrans_hpc.machine import read_machine
 from prottrans_hpc.recipe import read_recipe
 from prottrans_hpc.run_dir import RunDir
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
-MACHINES = {"laptop": 2, "laptop_mpi": 2}
+MACHINES = {
+    "frontier": Demand(num_racks=2),
+    "laptop": Demand(num_nodes=2),
+    "laptop_mpi": Demand(num_nodes=2),
+    "nvl72": Demand(num_gpus=144),
+    "perlmutter": Demand(num_nodes=16, walltime_min=90, queue="preempt"),
+    "rhea": Demand(num_nodes=16),
+    "slurm_cluster": Demand(num_nodes=4),
+    "summit": Demand(num_racks=52),
+}
+"""Every machine that ships, and a size of it; summit's is the published one."""
 
 
-def job(machine: str = "laptop", nodes: int = 2, run_dir: str = "/data/runs/tiny_prot_bert-1a2b3c4d", **changes: Any) -> Job:
-    profile = replace(read_machine(machine), node=replace(read_machine(machine).node, num_cpu_cores=8))  # whatever this computer has
-    allocation = planner.plan(read_recipe("tiny_prot_bert"), profile, num_nodes=nodes)
-    values = {"name": Path(run_dir).name, "python": "/venv/bin/python"} | changes
+def job(machine: str = "laptop", demand: Demand | None = None, run_dir: str = "/data/runs/tiny_prot_bert-1a2b3c4d", **changes: Any) -> Job:
+    profile = read_machine(machine)
+    if profile.node.num_cpu_cores == 0:
+        profile = replace(profile, node=replace(profile.node, num_cpu_cores=8))  # whatever this computer has
+    allocation = planner.plan(read_recipe("tiny_prot_bert"), profile, demand or MACHINES[machine])
+    account = "ABC123" if profile.account_required else None
+    values = {"name": Path(run_dir).name, "python": "/venv/bin/python", "account": account} | changes
     return Job(stage="pretrain", run_dir=RunDir(Path(run_dir)), machine=profile, allocation=allocation, **values)
 
 
 def render(job: Job) -> bytes:
-    return job_script.render(job, local.render_header(job))
+    return job_script.render(job, SCHEDULERS[job.machine.scheduler].render_header(job))
 
 
 @pytest.mark.parametrize("machine", MACHINES)
 def test_scripts_are_as_they_were_reviewed(machine: str) -> None:
     """After a change on purpose: `UPDATE_GOLDEN=1 pytest tests/launch/test_job_script.py`, and review the diff."""
     path = GOLDEN / f"{machine}-pretrain.sh"
-    script = render(job(machine, MACHINES[machine])).replace(__version__.encode(), b"VERSION")
+    script = render(job(machine)).replace(__version__.encode(), b"VERSION")
     if os.environ.get("UPDATE_GOLDEN"):
         path.write_bytes(script)
     assert script == path.read_bytes()
@@ -57,7 +72,7 @@ def test_every_shipped_machine_has_a_golden_script() -> None:
 
 @pytest.mark.parametrize("starter", [name for name in STARTERS if name not in ("srun", "jsrun")])
 def test_scripts_are_good_shell(starter: str, tmp_path: Path) -> None:
-    base = job(nodes=1, run_dir=str(tmp_path / "with space" / "run"))
+    base = job(demand=Demand(num_nodes=1), run_dir=str(tmp_path / "with space" / "run"))
     script = tmp_path / "job.sh"
     script.write_bytes(render(replace(base, machine=replace(base.machine, starter=starter, setup_lines=("module load python",)))))
     subprocess.run(["bash", "-n", str(script)], check=True)
