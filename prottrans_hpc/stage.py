@@ -8,19 +8,52 @@ work is done and raises a ProttransError when it is not.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from .errors import ConfigError, missing_package
 
 Request = Mapping[str, Any]
 
+
+@dataclass(frozen=True)
+class Item:
+    """One independent piece of a stage's work, for a process of its own, anywhere that sees the same files."""
+
+    stage: str
+    request: Request
+    """JSON."""
+    output: Path
+    """A file that appears under this name, whole, when the item is done."""
+
+
+@dataclass(frozen=True)
+class Farm:
+    """Where a stage may send items of its work. The launch side makes it and hands it over in the request."""
+
+    folder: Path
+    """Seen by all nodes, ours alone; for whatever the items need and leave."""
+    num_items: int
+    """Into so many the work should be cut."""
+    num_workers: int
+    """Processes or threads that an item has cores for."""
+    run: Callable[[str, Sequence[Item]], None]
+    """`run(name, items)` returns when every output is there; items whose output is there already are not run again.
+
+    Raises a ProttransError with the exit code of the first item that failed for good.
+    """
+
+
 STAGES = {
     "preprocess": "prottrans_hpc.corpus.stage:preprocess",
+    "preprocess-item": "prottrans_hpc.corpus.task_folder:run_item",
     "corpus-show": "prottrans_hpc.corpus.stage:show",
     "corpus-check": "prottrans_hpc.corpus.stage:check",
     "pretrain": "prottrans_hpc.train.stage:pretrain",
     "embed": "prottrans_hpc.embed.stage:embed",
+    "embed-item": "prottrans_hpc.embed.farm:run_item",
     "export": "prottrans_hpc.train.convert:export",
     "import": "prottrans_hpc.train.convert:import_",
 }

@@ -1,4 +1,5 @@
-"""Who does the work of `preprocess`: this process, local processes, or MPI ranks. The result never depends on it.
+"""Who does the work of `preprocess`: this process, local processes, MPI ranks, or the nodes of a farm
+(`task_folder`). The result never depends on it.
 
 The main process hands out lists of independent tasks and gets their results in order. A worker that fails stops
 the others and its error is raised; a worker that dies ends the whole command, which never waits for the dead.

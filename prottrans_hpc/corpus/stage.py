@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
 
-from .. import terminal
+from .. import durable, terminal
 from ..errors import DataError
-from ..stage import Request
+from ..stage import Farm, Request
 from . import kernel
 from .alphabet import Rules
 from .builder import build
 from .checking import problems_of
 from .identity import BuildOptions
 from .index import Index, read_index
-from .pool import open_pool
+from .pool import Pool, open_pool
 from .report import draw, print_table, summary
 from .workplace import stop_file
 
@@ -33,10 +34,21 @@ def preprocess(request: Request) -> None:
         names=request["names"],
         release=request["release"],
     )
-    with open_pool(workers=request["workers"], mpi=request["mpi"], stop_file=stop_file(options.out)) as pool:
+    farm: Farm | None = request.get("farm")
+    with _open_pool(request, farm, stop_file(options.out)) as pool:
         _announce(pool.num_workers)
         index = build(options, pool)
+    if farm is not None:
+        durable.remove_folder(farm.folder)
     _print([index], request["json"])
+
+
+def _open_pool(request: Request, farm: Farm | None, stop: Path) -> contextlib.AbstractContextManager[Pool]:
+    if farm is None:
+        return open_pool(workers=request["workers"], mpi=request["mpi"], stop_file=stop)
+    from .task_folder import TaskFolder
+
+    return contextlib.nullcontext(TaskFolder(farm))
 
 
 def _announce(num_workers: int) -> None:

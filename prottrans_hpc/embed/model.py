@@ -78,6 +78,12 @@ def find_source(path: Path) -> Source:
     return Source(found, state["run_id"], int(state["step"]), durable.sha256_of(found / durable.MANIFEST))
 
 
+def read_max_residues(source: Source) -> int | None:
+    """The longest protein that the model of a checkpoint can read, without loading its weights; None: no limit."""
+    record, shape = checkpoint.read_architecture(source.path)
+    return max_residues(shape, build_encoder(record.vocabulary))
+
+
 def choose_device(name: str) -> torch.device:
     """The device that `--device` means here. Raises ConfigError or ResourceError."""
     if name not in DEVICES:

@@ -151,17 +151,25 @@ def check_identity(old: Any, new: Mapping[str, Any], *, what: str, remedy: str) 
 
 def _intact_parts(path: Path) -> dict[int, list[Part]]:
     """The parts of an earlier run by window, each verified; leftovers of a killed process are removed."""
-    found: dict[int, list[Part]] = {}
-    for place in sorted(path.iterdir()):
+    for place in path.iterdir():
         if durable.is_temporary(place):
             place.unlink()
-        elif match := _NAME.fullmatch(place.name):
+    found = list_parts(path)
+    for parts in found.values():
+        for part in [part for part in parts if not part.is_intact()]:
+            terminal.warn(f"{part.path} is damaged: its SHA-256 is not the one that was written; its proteins are embedded again")
+            part.path.unlink()
+            parts.remove(part)
+    return {window: parts for window, parts in found.items() if parts}
+
+
+def list_parts(path: Path) -> dict[int, list[Part]]:
+    """The parts in a folder by window, as their names tell; their bytes are not looked at."""
+    found: dict[int, list[Part]] = {}
+    for place in sorted(path.iterdir()):
+        if match := _NAME.fullmatch(place.name):
             part = Part(place, int(match[1]), int(match[2]), int(match[3]), match[4])
-            if part.is_intact():
-                found.setdefault(part.window, []).append(part)
-            else:
-                terminal.warn(f"{place} is damaged: its SHA-256 is not the one that was written; its proteins are embedded again")
-                place.unlink()
+            found.setdefault(part.window, []).append(part)
     return found
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from .. import __version__, durable, terminal
 from ..errors import DataError
-from ..stage import Request
+from ..stage import Farm, Request
 from . import h5file, model
 from .compute import Batching, Totals, compute_parts, plan_workers
 from .extract import Extractor
@@ -32,11 +32,20 @@ def embed(request: Request) -> None:
     """Embed the proteins of FASTA files. Prints a summary object when `json` is asked for."""
     options = parse_request(request)
     started = time.monotonic()
-    with listening() as stop:
-        summary = _embed(options, stop)
+    if request.get("farm") is not None:
+        summary = _embed_on(request["farm"], options)
+    else:
+        with listening() as stop:
+            summary = _embed(options, stop)
     summary["seconds"] = round(time.monotonic() - started, 3)
     if options.json:
         print(json.dumps(summary, indent=1))
+
+
+def _embed_on(farm: Farm, options: Options) -> dict[str, Any]:
+    from .farm import embed_on
+
+    return embed_on(farm, options)
 
 
 def _embed(options: Options, stop: StopRequest) -> dict[str, Any]:
@@ -48,24 +57,24 @@ def _embed(options: Options, stop: StopRequest) -> dict[str, Any]:
     stop.check("nothing was computed yet")
     if not census.num_proteins:
         raise DataError(f"there is no protein in {', '.join(map(str, options.fasta))}")
-    identity = _identity(options, source, loaded, census)
+    identity = describe_identity(options, source, loaded.device.type, census)
     if options.out.exists():
-        return _finished_before(options, identity)
+        return finished_before(options, identity)
     extractor = Extractor(loaded, options.precision, options.per_residue, options.mean)
-    _warn_of_space(options, census, loaded.width)
+    warn_of_space(options, census, loaded.width)
     with open_folder(options.parts, identity) as folder:
-        batching = _batching(options, loaded, census)
+        batching = plan_batching(options, loaded, census)
         totals = compute_parts(read_windows(read, census), extractor, folder, batching=batching, stop=stop)
         if not totals.num_embedded:
             durable.remove_folder(options.parts)
-            raise DataError(f"none of the {totals.num_failed:,} proteins could be embedded, so there is no file. {_failures(totals)}")
-        attributes = _attributes(options, census, totals, identity) | model.describe(source, loaded)
+            raise nothing_embedded(totals)
+        attributes = describe_content(options, census, totals, identity) | model.describe(source, loaded)
         h5file.assemble(read_windows(read, census), folder, totals, options, width=loaded.width, attributes=attributes, stop=stop)
         durable.remove_folder(options.parts)
-    return _report(options, totals, h5file.read_attributes(options.out))
+    return report(options, totals, h5file.read_attributes(options.out))
 
 
-def _batching(options: Options, loaded: model.Model, census: Census) -> Batching:
+def plan_batching(options: Options, loaded: model.Model, census: Census) -> Batching:
     """One batch at a time on a GPU; on a CPU small ones side by side, which fit its caches better."""
     if loaded.device.type != "cpu":
         return Batching(census.num_proteins, options.bin_residues, plan_workers(1, 1))
@@ -74,17 +83,18 @@ def _batching(options: Options, loaded: model.Model, census: Census) -> Batching
     return Batching(census.num_proteins, batch_residues, plan_workers(model.usable_cores(), num_batches))
 
 
-def _identity(options: Options, source: model.Source, loaded: model.Model, census: Census) -> dict[str, Any]:
+def describe_identity(options: Options, source: model.Source, device: str, census: Census) -> dict[str, Any]:
     """Everything that the numbers in the file depend on."""
     return {
         "format": FORMAT,
         "input": {"proteins": census.num_proteins, "sha256": census.sha256},
         "checkpoint": {"run_id": source.run_id, "step": source.step, "manifest_sha256": source.manifest_sha256},
-        "options": options.as_identity() | {"device": loaded.device.type},
+        "options": options.as_identity() | {"device": device},
     }
 
 
-def _attributes(options: Options, census: Census, totals: Totals, identity: dict[str, Any]) -> dict[str, Any]:
+def describe_content(options: Options, census: Census, totals: Totals, identity: dict[str, Any]) -> dict[str, Any]:
+    """The attributes of the file that tell what is in it."""
     return {
         "tool": "prottrans-hpc",
         "tool_version": __version__,
@@ -102,7 +112,7 @@ def _attributes(options: Options, census: Census, totals: Totals, identity: dict
     }
 
 
-def _finished_before(options: Options, identity: dict[str, Any]) -> dict[str, Any]:
+def finished_before(options: Options, identity: dict[str, Any]) -> dict[str, Any]:
     """The output is there: right if it is whole and of the same identity. Raises IdentityError or DataError."""
     attributes = h5file.read_attributes(options.out)
     check_identity(attributes["identity"], identity, what=str(options.out), remedy=f"move {options.out} away")
@@ -118,7 +128,13 @@ def _finished_before(options: Options, identity: dict[str, Any]) -> dict[str, An
     return _summary(options, attributes) | {"resumed_batches": 0, "complete_before": True}
 
 
-def _report(options: Options, totals: Totals, attributes: dict[str, Any]) -> dict[str, Any]:
+def nothing_embedded(totals: Totals) -> DataError:
+    """The error of an input that is sound but of no use."""
+    return DataError(f"none of the {totals.num_failed:,} proteins could be embedded, so there is no file. {_failures(totals)}")
+
+
+def report(options: Options, totals: Totals, attributes: dict[str, Any]) -> dict[str, Any]:
+    """Tell how it went, and give the summary."""
     if totals.num_resumed:
         terminal.note(f"{totals.num_resumed:,} batches were taken from an earlier run")
     if totals.num_failed:
@@ -155,7 +171,7 @@ def _summary(options: Options, attributes: dict[str, Any]) -> dict[str, Any]:
     return {"out": str(options.out), "bytes": options.out.stat().st_size} | {name: attributes[name] for name in wanted}
 
 
-def _warn_of_space(options: Options, census: Census, width: int) -> None:
+def warn_of_space(options: Options, census: Census, width: int) -> None:
     """Parts and file are there at the same time, so the space is needed twice."""
     rows = census.num_sound * options.mean + census.num_residues * options.per_residue
     needed = 2 * rows * width * np.dtype(STORED[options.precision]).itemsize

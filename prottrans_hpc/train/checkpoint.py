@@ -116,13 +116,23 @@ def read_checkpoint(path: Path, *, kinds: tuple[str, ...] = _KINDS) -> Checkpoin
 def load_model(path: Path) -> tuple[Architecture, Any, Tensors]:
     """The architecture record, shape and weights of a checkpoint. Raises CheckpointError, or ConfigError for an unknown architecture."""
     found = read_checkpoint(path, kinds=("model",))
-    described = found.state["identity"]["architecture"]
+    record, shape = _architecture_in(found.state, path)
+    return record, shape, found.model
+
+
+def read_architecture(path: Path) -> tuple[Architecture, Any]:
+    """The architecture record and shape of a checkpoint whose files were verified, without its weights."""
+    return _architecture_in(durable.read_json(path / STATE), path)
+
+
+def _architecture_in(state: Mapping[str, Any], path: Path) -> tuple[Architecture, Any]:
+    described = state["identity"]["architecture"]
     record = architecture.get(described["name"])
     known = next(iter(record.sizes.values())).shape
     shape = config.parse(type(known), described["shape"], source=str(path / STATE))
     if list(record.vocabulary.tokens) != described["vocabulary"]:
         raise CheckpointError(f"the checkpoint {path} was trained with another vocabulary than {record.name} has in this version")
-    return record, shape, found.model
+    return record, shape
 
 
 def write_model_checkpoint(path: Path, *, record: Architecture, shape: Any, weights: Mapping[str, torch.Tensor], origin: Mapping[str, Any]) -> None:

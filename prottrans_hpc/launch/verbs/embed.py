@@ -6,11 +6,14 @@ from pathlib import Path
 
 import click
 
+from ..demand import Demand
+from ..farm_options import absolute, farm_options, plan_farm, run_on_farm
 from ..options import INVALID, PRECISIONS, as_json, examples, path_argument, path_option, run_here, verbosity
 
 _EXAMPLES = examples(
     "prottrans embed runs/tiny_prot_bert-1a2b3c4d proteins.fasta --out embeddings.h5",
     "prottrans embed prot_bert proteins.fasta.gz --out residues.h5 --per-residue --pool none --precision fp16",
+    "prottrans embed prot_bert uniref50.fasta --out embeddings.h5 --machine slurm_cluster --nodes 4 --items 64",
 )
 
 
@@ -24,13 +27,34 @@ _EXAMPLES = examples(
 @click.option("--device", type=click.Choice(("auto", "cpu", "cuda")), default="auto", show_default=True, help="Where to compute.")
 @click.option("--bin-residues", metavar="N", type=click.IntRange(1), default=16_384, show_default=True, help="Residues of one packed batch.")
 @click.option("--invalid", type=click.Choice(INVALID), default="error", show_default=True, help="For letters that are no residue.")
+@farm_options
 @as_json
 @verbosity
-def embed(source: Path, fasta: tuple[Path, ...], out: Path, as_json: bool, **choices: object) -> None:
+def embed(
+    source: Path,
+    fasta: tuple[Path, ...],
+    out: Path,
+    as_json: bool,
+    machine: str,
+    demand: Demand,
+    account: str | None,
+    items: int | None,
+    dry_run: bool,
+    follow: bool,
+    **choices: object,
+) -> None:
     """Write embeddings of the proteins in FASTA files, in their order, to an HDF5 file.
 
     RUN_OR_CHECKPOINT is a run directory (its newest intact checkpoint is taken), one checkpoint, or what `prottrans import` wrote.
+
+    With --machine, --nodes or --items the proteins are cut into jobs of one node each; the file is the same as from one process.
     """
     if choices["pool"] == "none" and not choices["per_residue"]:
         raise click.UsageError("--pool none without --per-residue leaves nothing to write")
-    run_here("embed", {"source": str(source), "fasta": [str(path) for path in fasta], "out": str(out), "json": as_json, **choices})
+    request = {"source": str(source), "fasta": [str(path) for path in fasta], "out": str(out), "json": as_json, **choices}
+    farm = plan_farm("embed", machine, demand, account, items, out=out, one_a_gpu=True, follow=follow, dry_run=dry_run)
+    if farm is None:
+        run_here("embed", request)
+        return
+    request |= {"source": str(source.absolute()), "fasta": absolute(fasta), "out": str(out.absolute())}
+    run_on_farm("embed", request, farm, first_round="embed", dry_run=dry_run, fresh=False)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import click
 
+from ..demand import Demand
+from ..farm_options import absolute, farm_options, plan_farm, run_on_farm
 from ..options import INVALID, as_json, examples, path_argument, path_option, run_here, verbosity
 
 _EXAMPLES = examples(
     "prottrans preprocess uniref50.fasta.gz --out corpus",
     "prottrans preprocess part1.fasta part2/ --out corpus --dedup --validation 0.01 --workers 8",
     "mpirun -np 4 prottrans preprocess uniref100.fasta --out corpus --mpi",
+    "prottrans preprocess bfd.fasta --out corpus --machine slurm_cluster --nodes 4 --dry-run",
 )
 
 
@@ -31,17 +35,40 @@ _EXAMPLES = examples(
 @click.option("--keep-rare", is_flag=True, help="Keep B, O, U and Z instead of replacing them by X.")
 @click.option("--no-names", is_flag=True, help="Do not store the names of the records.")
 @click.option("--release", metavar="TEXT", help="A note on where the sequences come from, kept in the index: 'UniRef50 2024_01'.")
+@farm_options
 @as_json
 @verbosity
 def preprocess(
-    inputs: tuple[Path, ...], out: Path, workers: int | None, mpi: bool, no_names: bool, clusters: Path | None, as_json: bool, **rules: object
+    inputs: tuple[Path, ...],
+    out: Path,
+    workers: int | None,
+    mpi: bool,
+    no_names: bool,
+    clusters: Path | None,
+    as_json: bool,
+    machine: str,
+    demand: Demand,
+    account: str | None,
+    items: int | None,
+    dry_run: bool,
+    follow: bool,
+    **rules: object,
 ) -> None:
     """Turn FASTA files or folders of them (plain, .gz, .zst, .bz2, .xz) into CORPUS, a folder of shards that `pretrain` reads.
 
     One token a residue, upper case; B, O, U and Z become X as in the papers. CORPUS is whole when its index.json is there, which is written last.
+
+    With --machine, --nodes or --items the work is cut into jobs of one node each; the corpus is the same, byte for byte.
     """
     if mpi and workers:
         raise click.UsageError("--workers and --mpi exclude each other: with --mpi the ranks are the workers")
     request = {"inputs": [str(path) for path in inputs], "out": str(out), "workers": workers or len(os.sched_getaffinity(0)), "mpi": mpi}
     request |= {"clusters": str(clusters) if clusters else None, "names": not no_names, "compression": None, "json": as_json, **rules}
-    run_here("preprocess", request)
+    farm = plan_farm("preprocess", machine, demand, account, items, out=out, one_a_gpu=False, follow=follow, dry_run=dry_run)
+    if farm is None:
+        run_here("preprocess", request)
+        return
+    if mpi:
+        raise click.UsageError("--mpi shares the work among ranks that were started already; leave it out with --machine, --nodes or --items")
+    request |= {"inputs": absolute(inputs), "out": str(out.absolute())}
+    run_on_farm("preprocess", request, replace(farm, cores=workers), first_round="01-scan", dry_run=dry_run, fresh=True)

@@ -1,0 +1,117 @@
+"""The options by which a verb becomes a farm, and the plan that they come to."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .. import terminal
+from ..errors import ConfigError
+from .demand import Demand
+from .options import account, machine_option, run_here, size
+
+if TYPE_CHECKING:
+    from ..machine import Machine
+    from .farm import FarmPlan
+
+Command = Callable[..., Any]
+_ITEMS_PER_NODE = 4
+"""Jobs that each node works off one after the other: a failed one costs a quarter of a node's work."""
+
+
+def farm_options(command: Command) -> Command:
+    """Add ``--machine``, the size, ``--account``, ``--items``, ``--dry-run`` and ``--follow``."""
+    for decorate in (
+        click.option("--follow", is_flag=True, help="Print what the items print as they do."),
+        click.option("--dry-run", is_flag=True, help="Print what would be submitted, and do nothing else."),
+        click.option("--items", metavar="K", type=click.IntRange(1, 100_000), help="Cut the work into K jobs of one node each.  [default: by --nodes]"),
+        account,
+        size,
+        machine_option,
+    ):
+        command = decorate(command)
+    return command
+
+
+def plan_farm(
+    stage: str,
+    machine_name: str,
+    demand: Demand,
+    account: str | None,
+    num_items: int | None,
+    *,
+    out: Path,
+    one_a_gpu: bool,
+    follow: bool,
+    dry_run: bool,
+) -> FarmPlan | None:
+    """The farm that a command line asks for; None: the work is done in this process, as on a laptop. Raises ConfigError."""
+    from ..machine import read_machine
+
+    machine = read_machine(machine_name)
+    sizes = (num_items, demand.num_nodes, demand.num_racks, demand.num_gpus)
+    if machine.scheduler == "local" and not dry_run and all(value is None for value in sizes):
+        if follow:
+            raise click.UsageError("--follow is for work on other nodes; here everything is printed anyway")
+        return None
+    from . import queues
+    from .farm import FarmPlan
+
+    if machine.account_required and account is None:
+        raise ConfigError(f"{machine.name} charges a project: give --account")
+    slot = queues.choose(machine, 1, demand) if machine.scheduler != "local" else None
+    num_at_once = _num_nodes(machine, demand) or num_items or 1
+    waves = _ITEMS_PER_NODE if one_a_gpu and machine.scheduler != "local" else 1
+    return FarmPlan(
+        machine=machine,
+        folder=out.absolute().with_name(f"{out.name}.farm"),
+        name=re.sub(r"[^A-Za-z0-9._-]", "_", f"{stage}-{out.stem}")[:64],
+        num_jobs=num_items or num_at_once * waves,
+        num_at_once=min(num_at_once, num_items or num_at_once),
+        walltime_min=slot.walltime_min if slot else None,
+        queue=slot.queue.name if slot else None,
+        account=account,
+        shares_per_job=max(1, machine.node.num_gpus) if one_a_gpu else 1,
+        flags={terminal.QUIET: ("--quiet",), terminal.NORMAL: (), terminal.VERBOSE: ("--verbose",)}[terminal.verbosity()],
+        follow=follow,
+        ends_at_failure=not one_a_gpu,
+    )
+
+
+def _num_nodes(machine: Machine, demand: Demand) -> int | None:
+    """Nodes that may work at the same time; None: not said."""
+    if demand.num_racks is not None:
+        if machine.nodes_per_rack is None:
+            raise ConfigError(f"{machine.name} has no racks: give --nodes")
+        return demand.num_racks * machine.nodes_per_rack
+    if demand.num_gpus is not None:
+        if not machine.node.num_gpus or demand.num_gpus % machine.node.num_gpus:
+            raise ConfigError(f"a node of {machine.name} has {machine.node.num_gpus} GPUs, and jobs take whole nodes: give --nodes")
+        return demand.num_gpus // machine.node.num_gpus
+    return demand.num_nodes
+
+
+def run_on_farm(stage: str, request: dict[str, Any], plan: FarmPlan, *, first_round: str, dry_run: bool, fresh: bool) -> None:
+    """Print what would be submitted first, or run the stage with its items on the farm."""
+    from . import farm
+
+    nodes = "1 node" if plan.num_at_once == 1 else f"{plan.num_at_once} nodes"
+    terminal.note(f"machine: {plan.machine.name}, {plan.num_jobs} jobs of one node, {nodes} at a time; {plan.folder} holds their logs until all is done")
+    if dry_run:
+        sys.stdout.write(farm.preview(plan, first_round))
+        return
+    if plan.machine.scheduler != "local":
+        terminal.note("this command watches the jobs and puts the results together: keep it running (tmux, nohup), or run it again to go on")
+    with farm.opened(plan, fresh=fresh) as handle:
+        run_here(stage, request | {"farm": handle})
+
+
+def absolute(paths: tuple[Path, ...]) -> list[str]:
+    """Paths as every node finds them."""
+    return [os.path.abspath(path) for path in paths]
