@@ -36,8 +36,10 @@ def _processes(job: Job) -> list[str]:
 
 
 def _mpirun(job: Job) -> list[str]:
-    # Without --bind-to none Open MPI would put all threads of a rank on one core.
-    return ["mpirun", "-np", str(job.allocation.num_ranks), "--map-by", ":OVERSUBSCRIBE", "--bind-to", "none", *tethered(job, job.command)]
+    # A batch system tells mpirun the nodes; on one computer "nodes" are groups of processes there. Without --bind-to none all threads of
+    # a rank would be on one core.
+    places = ":OVERSUBSCRIBE" if job.machine.scheduler == "local" else f"ppr:{job.allocation.ranks_per_node}:node:OVERSUBSCRIBE"
+    return ["mpirun", "-np", str(job.allocation.num_ranks), "--map-by", places, "--bind-to", "none", *tethered(job, job.command)]
 
 
 def _torchrun(job: Job) -> list[str]:

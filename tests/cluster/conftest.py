@@ -16,7 +16,7 @@ The file system is that of this machine and plays the parallel one; /run and /de
     cluster.submit(script, *options) -> job_id   sbatch of a script's text;  cluster.state(job_id) -> State
     cluster.wait_ended(job_id) -> State          also wait_running(job_id), wait(condition, what, timeout_s)
     cluster.job_ids(run_dir) -> list[str]        what job.json says
-    cluster.profile(folder, starter="srun", ...) -> Path    a machine profile of this cluster
+    cluster.profile(folder, starter="srun", ranks_per_node=1, racks=None | "switches" ..., gpus=False, **toml) -> Path    a machine profile
     cluster.off("n3") / on("n3")                 power: all processes of a node get SIGKILL; `on` waits until Slurm can use it
     cluster.cut("n3") / join("n3")               its network link, while its processes go on
     cluster.run("mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", "/run/shared/X")   (after mkdir) all nodes see what is mounted there
@@ -172,8 +172,8 @@ class Cluster:
 
     # --- machines
 
-    def profile(self, folder: Path, *, starter: str = "srun", ranks_per_node: int = 1, gpus: bool = False, **keys: str) -> Path:
-        """Write a machine profile of this cluster; `keys` are TOML values that are added or replace ours."""
+    def profile(self, folder: Path, *, starter: str = "srun", ranks_per_node: int = 1, racks: str | None = None, gpus: bool = False, **keys: str) -> Path:
+        """Write a machine profile of this cluster; `racks` is a rack_placement; `keys` are TOML values that are added or replace ours."""
         values = {
             "name": '"testbed"',
             "description": '"eight nodes in two racks, for the tests"',
@@ -181,13 +181,12 @@ class Cluster:
             "starter": f'"{starter}"',
             "ranks_per_node": str(ranks_per_node),
             "max_nodes": "8",
-            "nodes_per_rack": "4",
-            "num_racks": "2",
-            "rack_placement": '"switches"',
             "warning_min": "1",
             # Nothing is inherited from the shell that submits; a bare checkout is no installed package.
             "setup_lines": json.dumps([f"export PYTHONPATH={REPOSITORY}"]),
         } | keys
+        if racks:
+            values |= {"nodes_per_rack": "4", "num_racks": "2", "rack_placement": f'"{racks}"'}
         gpu = 'num_gpus = 6\n[node.gpu]\nname = "V100"\nmemory_gib = 16\npeak_tflops = { fp32 = 15.7 }\n' if gpus else ""
         queues = "".join(
             f'[[queues]]\nname = "{name}"\npreemptable = {"true" if name != "batch" else "false"}\n'
