@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ..errors import ConfigError
 
 AUTO = "auto"
-_WALLTIME = re.compile(r"(\d{1,5}):([0-5]\d)")
+_WALLTIME = re.compile(r"([0-9]{1,5}):([0-5][0-9])")
 
 
 @dataclass(frozen=True)

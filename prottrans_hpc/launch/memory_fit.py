@@ -55,11 +55,12 @@ class MemoryNeed:
         return self.fixed + max(self.cast_weights + self.activations, self.update)
 
 
-def memory_gib(machine: Machine) -> float | None:
-    """Memory of a rank: its GPU's, or its share of the node's; None where the profile does not say."""
+def memory_gib(machine: Machine, num_ranks: int) -> float | None:
+    """Memory of a rank: its GPU's, or its share of the host's; None where the profile does not say. Local ranks all share one computer."""
     if machine.node.gpu is not None:
         return machine.node.gpu.memory_gib
-    return machine.node.host_memory_gib / machine.ranks_per_node if machine.node.host_memory_gib else None
+    sharing = num_ranks if machine.scheduler == "local" else machine.ranks_per_node
+    return machine.node.host_memory_gib / sharing if machine.node.host_memory_gib else None
 
 
 def memory_need(recipe: Recipe, chosen: Architecture, shape: Any, batches: list[PhaseBatch], *, on_gpu: bool) -> MemoryNeed:
@@ -70,7 +71,7 @@ def memory_need(recipe: Recipe, chosen: Architecture, shape: Any, batches: list[
 
 def check_memory(recipe: Recipe, machine: Machine, chosen: Architecture, shape: Any, batches: list[PhaseBatch]) -> MemoryNeed | None:
     """What a rank needs; None where the machine's memory is unknown. Raises ConfigError with the numbers when it cannot fit."""
-    memory = memory_gib(machine)
+    memory = memory_gib(machine, batches[0].num_ranks)
     if memory is None:
         return None
     on_gpu, usable = machine.node.gpu is not None, memory * (1.0 - MARGIN) * GIB

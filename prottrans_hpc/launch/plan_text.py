@@ -46,7 +46,7 @@ def to_json(prospect: Prospect, *, recipe_name: str) -> dict[str, Any]:
             for batch in prospect.batches
         ],
         "memory": asdict(prospect.memory) | {"peak": prospect.memory.peak} if prospect.memory else None,
-        "memory_gib": memory_gib(machine),
+        "memory_gib": memory_gib(machine, allocation.num_ranks),
         "work_min": prospect.work_min,
         "utilisation": None if prospect.assumptions.total_min is not None else prospect.assumptions.utilisation,
         "num_jobs": jobs,
@@ -109,7 +109,7 @@ def _lengths_text(prospect: Prospect) -> str:
 
 
 def _memory_text(prospect: Prospect) -> str:
-    memory = memory_gib(prospect.machine)
+    memory = memory_gib(prospect.machine, prospect.allocation.num_ranks)
     if prospect.memory is None or memory is None:
         return f"not checked: the profile of {prospect.machine.name} does not say how much there is"
     return f"{need_text(prospect.memory)}; {memory:,.1f} GiB are there, {100 * MARGIN:.0f} % of them kept free"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from prottrans_hpc import config
 from prottrans_hpc.errors import ConfigError
 from prottrans_hpc.launch import planner
+from prottrans_hpc.launch.demand import Demand
 from prottrans_hpc.machine import Machine, read_machine
 from prottrans_hpc.recipe import read_recipe
 
@@ -78,3 +80,79 @@ def test_what_may_surprise_is_said() -> None:
     assert any("10 ranks share 8 CPU cores" in line for line in said)
     assert any("10 ranks share steps of 4 sequences" in line for line in said)
     assert planner.remarks(read_recipe("tiny_prot_bert"), machine(), planner.plan(recipe, machine(), num_nodes=1)) == []
+
+
+def test_the_published_run_comes_out() -> None:
+    """Elnaggar et al. 2021: 936 nodes = 52 racks, 5,616 GPUs; 24 hours is the longest that Summit's bin 2 allows."""
+    for demand in (Demand(num_racks=52), Demand(num_nodes=936), Demand(num_gpus=5616)):
+        allocation = planner.plan(read_recipe("prot_bert_bfd"), read_machine("summit"), demand)
+        assert (allocation.num_nodes, allocation.num_racks, allocation.num_ranks) == (936, 52, 5616)
+        assert (allocation.queue, allocation.walltime_min, allocation.gpus_per_rank, allocation.cpu_cores_per_rank) == ("batch", 1440, 1, 7)
+
+
+@pytest.mark.parametrize(("racks", "works"), [(1, True), (52, True), (53, True), (54, False), (256, False)])
+def test_a_licence_ends_at_its_number_of_nodes(racks: int, works: bool) -> None:
+    summit = read_machine("summit")
+    planner.plan(read_recipe("tiny_prot_bert"), summit, Demand(num_racks=racks))
+    recipe = read_recipe("tiny_prot_bert", ("parallel.comm=horovod",))
+    if works:
+        assert planner.plan(recipe, summit, Demand(num_racks=racks)).num_racks == racks
+    else:
+        with pytest.raises(ConfigError, match=r"IBM DDL on summit, whose licence ends at 954 nodes \(53 racks\)"):
+            planner.plan(recipe, summit, Demand(num_racks=racks))
+
+
+def test_bf16_is_refused_on_a_v100() -> None:
+    with pytest.raises(ConfigError, match=r"V100.* of summit does not support bf16, only fp32, fp16"):
+        planner.plan(read_recipe("tiny_prot_bert", ("precision=bf16",)), read_machine("summit"), Demand(num_racks=52))
+
+
+@pytest.mark.parametrize("name", config.shipped_names("hpc"))
+def test_every_shipped_machine_runs_the_tiny_recipe(name: str) -> None:
+    machine = read_machine(name)
+    demand = Demand(num_racks=1) if machine.rack_placement != "none" else Demand()
+    allocation = planner.plan(read_recipe("tiny_prot_bert"), machine, demand)
+    assert allocation.num_ranks == allocation.num_nodes * machine.ranks_per_node
+    assert (allocation.walltime_min is None) == (machine.scheduler == "local")
+
+
+def test_a_farm_needs_no_recipe() -> None:
+    allocation = planner.allocate(read_machine("rhea"), Demand(num_nodes=2, walltime_min=90))
+    assert (allocation.num_nodes, allocation.walltime_min, allocation.cpu_cores_per_rank) == (2, 90, 16)
+
+
+@pytest.mark.parametrize(
+    ("demand", "said"),
+    [
+        (Demand(walltime_min=60), "--walltime is for batch systems; laptop has none"),
+        (Demand(queue="batch"), "--queue is for batch systems"),
+        (Demand(walltime_min=60, queue="batch"), "--walltime and --queue are for"),
+    ],
+)
+def test_a_laptop_has_no_queues(demand: Demand, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        planner.plan(read_recipe("tiny_prot_bert"), read_machine("laptop"), demand)
+
+
+def test_torchrun_starts_the_ranks_of_one_node() -> None:
+    cluster = dataclasses.replace(read_machine("slurm_cluster"), starter="torchrun")
+    assert planner.plan(read_recipe("tiny_prot_bert"), cluster, Demand(num_nodes=1)).num_ranks == 8
+    with pytest.raises(ConfigError, match="srun or mpirun"):
+        planner.plan(read_recipe("tiny_prot_bert"), cluster, Demand(num_nodes=2))
+
+
+@pytest.mark.parametrize(("machine", "account", "said"), [("summit", None, "--account PROJECT"), ("summit", "", "--account"), ("laptop", "A", "has none")])
+def test_accounts(machine: str, account: str | None, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        planner.check_account(read_machine(machine), account)
+
+
+def test_accounts_that_fit() -> None:
+    for machine, account in (("summit", "ABC123"), ("slurm_cluster", None), ("slurm_cluster", "group"), ("laptop", None)):
+        planner.check_account(read_machine(machine), account)
+
+
+def test_what_a_site_may_do_is_said() -> None:
+    recipe, summit = read_recipe("tiny_prot_bert"), read_machine("summit")
+    said = planner.remarks(recipe, summit, planner.plan(recipe, summit, Demand(num_racks=1, queue="killable")))
+    assert any("exists no more" in line for line in said) and any("killable may be stopped and requeued after 120 minutes" in line for line in said)

@@ -25,7 +25,8 @@ _EXAMPLES = examples(
     "prottrans pretrain prot_bert_bfd --corpus bfd --machine summit --racks 52 --account ABC123 --chain 2 --dry-run",
 )
 
-_RANK_FLAGS: dict[int, tuple[str, ...]] = {terminal.QUIET: ("--quiet",), terminal.NORMAL: (), terminal.VERBOSE: ("--verbose",)}
+RANK_FLAGS: dict[int, tuple[str, ...]] = {terminal.QUIET: ("--quiet",), terminal.NORMAL: (), terminal.VERBOSE: ("--verbose",)}
+"""How much rank 0 says, by how much this command does."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class _Choices:
 def _as_chain(ctx: click.Context, param: click.Parameter, value: str | None) -> int | str | None:
     if value is None or value == AUTO:
         return value
-    if not value.isdecimal() or not 1 <= int(value) <= 100:
+    if not (value.isascii() and value.isdecimal()) or not 1 <= int(value) <= 100:
         raise click.BadParameter(f"{value!r} is neither 'auto' nor a number of jobs from 1 to 100", ctx, param)
     return int(value)
 
@@ -94,7 +95,7 @@ def pretrain(**given: Any) -> int:
         return _submit(plan, follow=choices.follow)
     code = gang.carry_out(plan, detach=choices.detach)
     if not choices.detach:
-        _conclude(plan, code)
+        conclude(plan, code)
     return code
 
 
@@ -123,7 +124,7 @@ def _plan(choices: _Choices) -> Plan:
     terminal.note(f"model: {checks.model_line(recipe, chosen, model_size)}; {recipe.num_steps:,} steps ({choices.recipe})")
     for remark in (*checks.remarks(recipe, facts), *planner.remarks(recipe, machine, seen.allocation)):
         terminal.note(f"note: {remark}")
-    flags = _RANK_FLAGS[terminal.verbosity()]
+    flags = RANK_FLAGS[terminal.verbosity()]
     return gang.Plan(recipe, name, facts, machine, seen.allocation, choices.steps, run_dir, flags, choices.account, _num_jobs(choices, seen))
 
 
@@ -159,7 +160,7 @@ def _submit(plan: Plan, *, follow: bool) -> int:
     jobs = run_dir.read_jobs(plan.run_dir)
     code = follow_log(plan.run_dir, jobs.job_ids if jobs else (), log_from=log_from)
     if code != errors.INTERRUPTED:
-        _conclude(plan, code)
+        conclude(plan, code)
     return code
 
 
@@ -178,7 +179,7 @@ def _introduce(plan: Plan, state: str) -> None:
     terminal.note(f"run directory: {plan.run_dir.path} ({state})")
 
 
-def _conclude(plan: Plan, code: int) -> None:
+def conclude(plan: Plan, code: int) -> None:
     """What the exit code means and what to do next."""
     path = plan.run_dir.path
     if code == errors.DONE:

@@ -1,0 +1,144 @@
+"""Whether a model fits, held against real tensors, and the way out when it does not."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from prottrans_hpc import architecture, config
+from prottrans_hpc.errors import ConfigError
+from prottrans_hpc.launch import planner
+from prottrans_hpc.launch.batch_arithmetic import plan_batches
+from prottrans_hpc.launch.demand import Demand
+from prottrans_hpc.launch.memory_fit import GIB, MARGIN, MemoryNeed, check_memory, memory_gib, memory_need, need_text
+from prottrans_hpc.machine import Machine, read_machine
+from prottrans_hpc.recipe import Recipe, read_recipe
+
+V100 = {"name": "V100", "memory_gib": 16.0, "peak_tflops": {"fp32": 15.7}}
+
+
+def need_of(recipe: Recipe, *, num_ranks: int = 1, on_gpu: bool = True) -> MemoryNeed:
+    chosen = architecture.get(recipe.architecture.name)
+    shape: Any = chosen.size(recipe.architecture.size).shape
+    return memory_need(recipe, chosen, shape, plan_batches(recipe, num_ranks=num_ranks), on_gpu=on_gpu)
+
+
+def machine(**node: Any) -> Machine:
+    """A computer with one rank a node, unless the node has GPUs."""
+    values = {"name": "m", "description": "", "scheduler": "local", "starter": "processes", "max_nodes": 5000}
+    return config.parse(Machine, values | {"ranks_per_node": node.get("num_gpus", 1), "node": {"num_cpu_cores": 8} | node}, source="test")
+
+
+@pytest.mark.parametrize("optimizer", ["lamb", "adamw"])
+def test_weights_gradients_and_state_are_as_large_as_torch_makes_them(optimizer: str) -> None:
+    import torch
+
+    from prottrans_hpc.models import prot_bert
+    from prottrans_hpc.train.optim import build_optimizer
+
+    recipe = read_recipe("tiny_prot_bert", (f"optimizer.name={optimizer}",))
+    shape: Any = architecture.get("prot_bert").size("tiny").shape
+    model = prot_bert.build(shape)
+    state = build_optimizer(model.named_parameters(), recipe.optimizer).state_dict()
+    need = need_of(recipe)
+    assert need.parameters == sum(parameter.nbytes for parameter in model.parameters())
+    assert need.gradients == need.parameters
+    held = sum(tensor.nbytes for name, tensor in state.items() if name != "num_updates")
+    trained = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+    assert held == 2 * trained <= need.optimizer == 2 * need.parameters, "weights that are not trained are planned for, too"
+    assert isinstance(state["num_updates"], torch.Tensor)
+
+
+@pytest.mark.parametrize(
+    ("settings", "changes"),
+    [
+        ((), {}),
+        (("precision=bf16",), {"cast_weights": 2}),
+        (("optimizer.name=adamw",), {"update": 0}),
+    ],
+)
+def test_bytes_a_parameter(settings: tuple[str, ...], changes: dict[str, int]) -> None:
+    need, count = need_of(read_recipe("prot_bert_bfd", settings), num_ranks=5616), 420_984_864
+    expected = {"parameters": 4, "gradients": 4, "optimizer": 8, "cast_weights": 0, "update": 12} | changes
+    assert {name: getattr(need, name) / count for name in expected} == expected
+    assert need.peak == need.fixed + max(need.cast_weights + need.activations, need.update)
+
+
+def test_bf16_needs_about_half_the_activations() -> None:
+    full, half = (need_of(read_recipe("prot_bert", (f"precision={precision}",)), num_ranks=64).activations for precision in ("fp32", "bf16"))
+    assert 0.4 < half / full < 0.7
+
+
+def test_a_kernel_on_the_cpu_updates_in_place() -> None:
+    assert need_of(read_recipe("prot_bert"), on_gpu=False).update == 0
+
+
+def test_more_ranks_need_less_until_a_sequence_fills_the_micro_batch() -> None:
+    needs = [need_of(read_recipe("prot_bert_bfd"), num_ranks=ranks).activations for ranks in (96, 960, 5616, 50_000)]
+    assert needs == sorted(needs, reverse=True)
+    assert needs[0] > needs[-1] == need_of(read_recipe("prot_bert_bfd"), num_ranks=100_000).activations
+
+
+def test_the_memory_of_a_rank() -> None:
+    assert memory_gib(read_machine("summit"), 5616) == 16.0
+    assert memory_gib(read_machine("rhea"), 16) == 128.0
+    assert memory_gib(replace(read_machine("rhea"), ranks_per_node=4), 64) == 32.0
+    assert memory_gib(read_machine("laptop"), 2) is None
+    assert memory_gib(machine(host_memory_gib=96.0), 4) == 24.0, "local ranks share one computer, whatever their nodes are called"
+
+
+def test_what_cannot_be_known_is_not_checked() -> None:
+    recipe = read_recipe("prot_bert_bfd")
+    chosen = architecture.get("prot_bert")
+    assert check_memory(recipe, read_machine("laptop"), chosen, chosen.size("prot_bert_bfd").shape, plan_batches(recipe, num_ranks=1)) is None
+
+
+def test_the_published_model_fits_the_published_machine_and_not_three_racks_of_it() -> None:
+    summit, recipe = read_machine("summit"), read_recipe("prot_bert_bfd")
+    planner.plan(recipe, summit, Demand(num_racks=52))
+    with pytest.raises(ConfigError) as caught:
+        planner.plan(recipe, summit, Demand(num_racks=3))
+    message = str(caught.value)
+    assert "activations 32.14" in message and "16.0 GiB, of which 10 % are kept free" in message
+    offered = re.search(r"--set (loading\.bin_residues=(\d+))", message)
+    assert offered
+    planner.plan(read_recipe("prot_bert_bfd", (offered[1],)), summit, Demand(num_racks=3))
+    with pytest.raises(ConfigError, match="does not fit"):
+        planner.plan(read_recipe("prot_bert_bfd", (f"loading.bin_residues={int(offered[2]) + 256}",)), summit, Demand(num_racks=3))
+
+
+def test_a_model_that_no_micro_batch_makes_fit() -> None:
+    small = machine(num_gpus=4, gpu=V100 | {"memory_gib": 6.0})
+    with pytest.raises(ConfigError) as caught:
+        planner.plan(read_recipe("prot_bert_bfd"), small, Demand(num_nodes=4))
+    assert "Smaller micro batches do not help: a sequence of 2048 residues alone needs" in str(caught.value)
+    assert "precision=bf16" in str(caught.value)
+    with pytest.raises(ConfigError) as caught:
+        planner.plan(read_recipe("prot_bert_bfd", ("precision=bf16",)), machine(num_gpus=4, gpu=V100 | {"memory_gib": 6.0, "peak_tflops": {"bf16": 1.0}}))
+    assert "precision=bf16" not in str(caught.value)
+
+
+def test_host_memory_is_shared_by_the_ranks_of_a_computer() -> None:
+    roomy, recipe = machine(host_memory_gib=64.0), read_recipe("prot_bert", ("loading.bin_residues=4096",))
+    planner.plan(recipe, roomy, Demand(num_nodes=4))
+    with pytest.raises(ConfigError, match=r"a rank on m has 8\.0 GiB"):
+        planner.plan(recipe, roomy, Demand(num_nodes=8))
+
+
+def test_the_margin_is_kept_free() -> None:
+    recipe = read_recipe("tiny_prot_bert")
+    chosen = architecture.get("prot_bert")
+    shape: Any = chosen.size("tiny").shape
+    batches = plan_batches(recipe, num_ranks=1)
+    exact = need_of(recipe, on_gpu=False).peak / GIB / (1.0 - MARGIN)
+    assert check_memory(recipe, machine(host_memory_gib=exact * 1.001), chosen, shape, batches)
+    with pytest.raises(ConfigError, match="does not fit"):
+        check_memory(recipe, machine(host_memory_gib=exact * 0.999), chosen, shape, batches)
+
+
+def test_the_numbers_are_said() -> None:
+    text = need_text(MemoryNeed(parameters=GIB, gradients=GIB, optimizer=2 * GIB, cast_weights=0, activations=GIB, update=3 * GIB))
+    assert text == "a rank needs 7.0 GiB: parameters 1.00, gradients 1.00, optimizer 2.00, activations 1.00 (an update needs 3.00 in their place)"
