@@ -125,6 +125,8 @@ class Jobs:
     """Where it was submitted."""
     submitted: str
     """UTC, ISO 8601."""
+    account: str | None = None
+    """The project that the batch system charges."""
 
 
 @dataclass(frozen=True)
@@ -186,10 +188,11 @@ def read_jobs(run_dir: RunDir) -> Jobs | None:
     """Read job.json; None when nothing was ever submitted. Raises DataError when it is damaged."""
     try:
         values = durable.read_json(run_dir.job_json)
-        return Jobs(str(values["scheduler"]), tuple(str(job_id) for job_id in values["job_ids"]), str(values["host"]), str(values["submitted"]))
+        job_ids, account = tuple(str(job_id) for job_id in values["job_ids"]), values.get("account")
+        return Jobs(str(values["scheduler"]), job_ids, str(values["host"]), str(values["submitted"]), None if account is None else str(account))
     except FileNotFoundError:
         return None
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{run_dir.job_json} is damaged: {error!r} is missing or of the wrong kind") from error
 
 

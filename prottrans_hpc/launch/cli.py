@@ -23,10 +23,13 @@ BROKEN_PIPE = 141
 VERBS = {
     "preprocess": ("prottrans_hpc.launch.verbs.preprocess:preprocess", "Turn FASTA files into a corpus of shards."),
     "corpus": ("prottrans_hpc.launch.verbs.corpus:corpus", "Show what is in a corpus, or check every byte of it."),
+    "plan": ("prottrans_hpc.launch.verbs.plan:plan", "Say what a training needs on a machine, and why."),
     "pretrain": ("prottrans_hpc.launch.verbs.pretrain:pretrain", "Pre-train a model on a corpus; the same command resumes."),
+    "runs": ("prottrans_hpc.launch.verbs.runs:runs", "List runs, show one, read its log, cancel or resume it."),
     "embed": ("prottrans_hpc.launch.verbs.embed:embed", "Write embeddings of the proteins in FASTA files."),
     "export": ("prottrans_hpc.launch.verbs.export:export", "Write a model for HuggingFace transformers."),
     "import": ("prottrans_hpc.launch.verbs.import_:import_", "Read a HuggingFace model folder into a checkpoint."),
+    "machines": ("prottrans_hpc.launch.verbs.machines:machines", "List the machine profiles, or show one."),
     "models": ("prottrans_hpc.launch.verbs.models:models", "List the architectures and their sizes."),
 }
 """Verb -> (where its command is, the line about it in `prottrans --help`)."""

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -122,7 +123,8 @@ def carry_out(plan: Plan, *, detach: bool) -> int:
             return foreground.run(["bash", str(directory.job_script)], lock)
         job_id = submission.submit("local", directory, keep_open=(lock,))
         _write_jobs(directory, "local", [job_id])
-        terminal.note(f"started in the background as process {job_id}\n  follow: tail -f {directory.job_log}\n  stop:   kill -TERM {job_id}")
+        path = directory.path
+        terminal.note(f"started in the background as process {job_id}\n  follow: prottrans runs logs {path} --follow\n  stop:   prottrans runs cancel {path}")
         return 0
 
 
@@ -134,7 +136,7 @@ def _submit_chain(plan: Plan, directory: RunDir) -> None:
             job_ids.append(submission.submit(scheduler, directory, after=job_ids[-1] if job_ids else None))
         except SubmitError as error:
             raise type(error)(f"{error}{_already(job_ids, number, plan.num_jobs, directory)}") from error
-        _write_jobs(directory, scheduler, job_ids)
+        _write_jobs(directory, scheduler, job_ids, account=plan.account)
         job_events.record(directory, "submitted", job_id=job_ids[-1], restart=0, number=number, of=plan.num_jobs)
     terminal.note(f"submitted to {plan.machine.name}: job {', then '.join(job_ids)}")
 
@@ -208,9 +210,9 @@ def _plain(run: Run) -> dict[str, Any]:
     return {**vars(run), **nouns}
 
 
-def _write_jobs(directory: RunDir, scheduler: str, job_ids: Sequence[str]) -> None:
+def _write_jobs(directory: RunDir, scheduler: str, job_ids: Sequence[str], *, account: str | None = None) -> None:
     submitted = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    run_dir.write_jobs(directory, run_dir.Jobs(scheduler, tuple(job_ids), os.uname().nodename, submitted))
+    run_dir.write_jobs(directory, run_dir.Jobs(scheduler, tuple(job_ids), os.uname().nodename, submitted, account))
 
 
 @contextmanager
@@ -219,7 +221,7 @@ def _locked(directory: RunDir) -> Iterator[int]:
     descriptor = os.open(directory.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _take(descriptor)
         except BlockingIOError:
             raise SubmitError(f"{directory.path} is in use by a job that is running{_job_in(directory)}: wait for it or stop it") from None
         except OSError as error:
@@ -227,6 +229,19 @@ def _locked(directory: RunDir) -> Iterator[int]:
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+def _take(descriptor: int) -> None:
+    """Take the lock. Raises BlockingIOError when a job has it; who only looks whether it is held gives it back at once."""
+    for _ in range(_GLANCES):
+        try:
+            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(_GLANCE_S)
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+_GLANCES, _GLANCE_S = 5, 0.05
 
 
 def _job_in(directory: RunDir) -> str:

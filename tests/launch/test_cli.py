@@ -43,7 +43,11 @@ def test_help_names_every_verb_and_exit_code(tmp_path: Path) -> None:
         assert str(code) in done.stdout
 
 
-@pytest.mark.parametrize("verb", ["preprocess", "corpus show", "corpus check", "pretrain", "embed", "export", "import", "models", "models list", "models show"])
+VERBS = ["preprocess", "corpus show", "corpus check", "pretrain", "embed", "export", "import", "models", "models list", "models show"]
+VERBS += ["runs", "runs list", "runs show", "runs logs", "runs cancel", "runs resume"]
+
+
+@pytest.mark.parametrize("verb", VERBS)
 def test_help_of_a_verb_has_examples_that_parse(verb: str, tmp_path: Path) -> None:
     done = run(*verb.split(), "--help", cwd=tmp_path)
     assert done.returncode == 0
@@ -102,6 +106,12 @@ WRONG = [
     (("pretrain", "tiny_prot_brt", "--corpus", "corpus"), 64, "did you mean 'tiny_prot_bert'?"),
     (("pretrain", "no.toml", "--corpus", "corpus"), 64, "no.toml is not a file"),
     (("pretrain", "tiny_prot_bert", "--corpus", "nothing"), 66, "nothing is no corpus"),
+    (("runs", "lst"), 64, "lst"),
+    (("runs", "--runs", "nowhere"), 66, "nowhere is no folder"),
+    (("runs", "show", "first"), 64, "'first' is neither a run in runs"),
+    (("runs", "logs", "corpus"), 64, "there are none"),
+    (("runs", "cancel"), 64, "RUN"),
+    (("runs", "resume", "first", "--follow", "--detach"), 64, "contradict"),
     ((*PRETRAIN, "--machine", "lapptop"), 64, "did you mean 'laptop'?"),
     ((*PRETRAIN, "--nodes", "0"), 64, "--nodes"),
     ((*PRETRAIN, "--nodes", "two"), 64, "'two'"),

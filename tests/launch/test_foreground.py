@@ -149,7 +149,7 @@ def test_a_job_in_the_background_outlives_its_command_and_stops_in_order(job: Jo
     code, stderr = finish(job.start("--detach", "--nodes", "2"))
     assert code == 0
     job_id = json.loads((job.run_dir / "job.json").read_text())["job_ids"][-1]
-    assert f"kill -TERM {job_id}" in stderr and str(job.run_dir) in stderr
+    assert f"process {job_id}" in stderr and f"prottrans runs cancel {job.run_dir}" in stderr
     job.rank(0), job.rank(1)
     states = subprocess.run(local.state_argv([job_id, "4194304"]), stdout=subprocess.PIPE, text=True, check=False).stdout
     assert local.parse_states(states) == {job_id: State.RUNNING}
