@@ -97,7 +97,7 @@ class RankLostError(ProttransError):
 class NodeError(ProttransError):
     """What failed on one node, told on all ranks; ends them all with the code of what failed there."""
 
-    def __init__(self, message: str, *, code: int) -> None:
+    def __init__(self, message: str, *, code: int = NO_RESOURCES) -> None:
         super().__init__(message)
         self.exit_code = code
 
@@ -105,7 +105,7 @@ class NodeError(ProttransError):
 class FarmError(ProttransError):
     """A job of a farm failed for good; ends the farm with that job's exit code."""
 
-    def __init__(self, message: str, *, code: int) -> None:
+    def __init__(self, message: str, *, code: int = NO_RESOURCES) -> None:
         super().__init__(message)
         self.exit_code = code
 

@@ -65,10 +65,10 @@ def test_zero_cores_means_what_this_process_may_use():
     assert machine.usable_cpu_cores(machine.Node(num_cpu_cores=42)) == 42
 
 
-@pytest.mark.parametrize("noun", [machine.Machine, machine.Node, machine.Gpu])
+@pytest.mark.parametrize("noun", [machine.Machine, machine.Node, machine.Gpu, machine.Queue, machine.Bin, machine.Licence])
 def test_every_key_of_a_profile_is_documented(repository, noun):
     readme = (repository / "hpc" / "README.md").read_text(encoding="utf-8")
-    keys = {"node": "[node]", "gpu": "[node.gpu]"}
+    keys = {"node": "[node]", "gpu": "[node.gpu]", "queues": "[[queues]]", "licences": "[[licences]]"}
     assert [name for name in noun.__dataclass_fields__ if f"| `{keys.get(name, name)}` |" not in readme] == []
 
 
