@@ -13,6 +13,8 @@ import shlex
 import shutil
 import subprocess
 import sys
+import threading
+import time
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -21,7 +23,7 @@ from typing import Any
 
 from submitit.core import core, job_environment, logger, utils
 
-from .lsf_script import PARAMETERS, LsfParameters, render
+from .lsf_script import PARAMETERS, REQUEUE_SUFFIX, WARNING_FILE, LsfParameters, render
 
 _STATES = {
     "PEND": "PENDING",
@@ -39,6 +41,7 @@ _STATES = {
 FORGOTTEN = "FORGOTTEN"
 """LSF's daemon answered that it does not know the job (any more)."""
 _TIMEOUT_S = 60
+_LOOK_EVERY_S = 1.0
 # bsub takes directives from standard input only; bjobs fails, telling the rest, when it has forgotten one of the jobs.
 _SUBMIT = 'exec bsub <"$1"'
 _ASK = 'bjobs "$@" 2>&1 || :'
@@ -76,8 +79,8 @@ def read_states(output: str) -> dict[str, dict[str, str]]:
     """What `states_argv` printed, by submitit's job ids."""
     found: dict[str, dict[str, str]] = {}
     for line in output.splitlines():
-        if row := re.fullmatch(r"\s*(\d+)\|(\d*)\|([A-Z]+)\|(.*)", line):
-            job_id = row[1] if row[2] in ("", "0") else f"{row[1]}_{row[2]}"
+        if row := re.fullmatch(r"\s*(\d+)\|(\d*|-)\|([A-Z]+)\|(.*)", line):
+            job_id = row[1] if row[2] in ("", "-", "0") else f"{row[1]}_{row[2]}"
             found[job_id] = {"JobID": job_id, "State": _STATES.get(row[3], "UNKNOWN"), "NodeList": row[4].strip()}
         elif missing := re.match(r"\s*Job <(\d+)(?:\[(\d+)\])?> is not found", line):
             job_id = f"{missing[1]}_{missing[2]}" if missing[2] else missing[1]
@@ -146,9 +149,23 @@ class LsfJobEnvironment(job_environment.JobEnvironment):
         per_node = _first_number(self._LOCAL_SIZE, max(1, self.num_tasks // self.num_nodes))
         return self.global_rank // per_node
 
+    def _handle_signals(self, paths: utils.JobPaths, submission: utils.DelayedSubmission) -> None:
+        super()._handle_signals(paths, submission)
+        if warning := os.environ.get(WARNING_FILE):
+            threading.Thread(target=_signal_when_warned, args=(Path(warning), self._usr_sig()), daemon=True).start()
+
     def _requeue(self, countdown: int) -> None:
-        subprocess.run(["brequeue", lsf_id(self.job_id)], check=True, stdout=subprocess.DEVNULL, timeout=_TIMEOUT_S)
+        if warning := os.environ.get(WARNING_FILE):
+            Path(warning + REQUEUE_SUFFIX).touch()
+        else:
+            subprocess.run(["brequeue", lsf_id(self.job_id)], check=True, stdout=subprocess.DEVNULL, timeout=_TIMEOUT_S)
         logger.get_logger().info(f"Requeued job {self.job_id} ({countdown} remaining timeouts)")
+
+
+def _signal_when_warned(warning: Path, number: int) -> None:
+    while not warning.exists():
+        time.sleep(_LOOK_EVERY_S)
+    os.kill(os.getpid(), number)
 
 
 def _first_number(names: Sequence[str], default: int) -> int:
@@ -246,8 +263,9 @@ class LsfExecutor(core.PicklingExecutor):
         # submitit writes %j for a job id and %A_%a for array and index; LSF %J for the number and %I for the index.
         own = "%J" if self._array_size is None else "%J_%I"
         stdout, stderr = (str(path).replace("%j", own).replace("%A", "%J").replace("%a", "%I").replace("%t", "0") for path in (paths.stdout, paths.stderr))
+        folder = str(utils.JobPaths.get_first_id_independent_folder(self.folder))
         signal = LsfJobEnvironment.USR_SIG
-        return render(command, self._checked, stdout=stdout, stderr=stderr, array_size=self._array_size, warning_signal=signal)
+        return render(command, self._checked, folder=folder, stdout=stdout, stderr=stderr, array_size=self._array_size, warning_signal=signal)
 
     def _make_submission_command(self, submission_file_path: Path) -> list[str]:
         if shutil.which("bsub") is None:

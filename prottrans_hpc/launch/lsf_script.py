@@ -12,6 +12,11 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
 _PLAIN = re.compile(r"[A-Za-z0-9._:@/,=+%-]+")
 _UNSAFE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\"\\$`]")
 
+WARNING_FILE = "SUBMITIT_LSF_WARNING_FILE"
+"""Names the file that appears when LSF warns a job whose tasks no signal reaches."""
+REQUEUE_SUFFIX = ".requeue"
+"""Of the file by which such a task asks its script to be queued again."""
+
 
 @dataclass(frozen=True)
 class LsfParameters:
@@ -69,23 +74,45 @@ class LsfParameters:
 PARAMETERS = frozenset(field.name for field in fields(LsfParameters))
 
 
-def render(command: str, parameters: LsfParameters, *, stdout: str, stderr: str, array_size: int | None, warning_signal: str) -> str:
-    """The script. `command` is a shell command already; the paths may hold LSF's %J and %I."""
+def render(command: str, parameters: LsfParameters, *, folder: str, stdout: str, stderr: str, array_size: int | None, warning_signal: str) -> str:
+    """The script. `command` is a shell command already; the paths of the logs may hold LSF's %J and %I; `folder` is seen by all nodes."""
     directives = _directives(parameters, array_size, warning_signal)
     directives.append(f"-o {quoted('the path of the log', stdout)}")
     if not parameters.stderr_to_stdout:
         directives.append(f"-e {quoted('the path of the log', stderr)}")
     words = " ".join([*map(shlex.quote, launcher(parameters)), command])
     lines = ["#!/bin/bash", *(f"#BSUB {directive}" for directive in (*directives, *parameters.directives)), ""]
-    lines += [*parameters.setup, *([""] if parameters.setup else [])]
-    lines += [
-        "export SUBMITIT_EXECUTOR=lsf",
+    lines += [*parameters.setup, *([""] if parameters.setup else []), "export SUBMITIT_EXECUTOR=lsf"]
+    lines += _by_file(words, folder, warning_signal) if parameters.allocation == "nodes" else _by_signal(words, warning_signal)
+    return "\n".join([*lines, ""])
+
+
+def _by_signal(words: str, warning_signal: str) -> list[str]:
+    return [
         "# LSF sends the warning to every process of the job; this shell must outlive it, the task knows what to do.",
         f"trap : {warning_signal}",
         words,
-        "",
     ]
-    return "\n".join(lines)
+
+
+def _by_file(words: str, folder: str, warning_signal: str) -> list[str]:
+    return [
+        "# What jsrun does with a signal is not known, and compute nodes have no brequeue: warning and requeue go by files.",
+        'job=$LSB_JOBID; if [ "${LSB_JOBINDEX:-0}" != 0 ]; then job="$LSB_JOBID[$LSB_JOBINDEX]"; fi',
+        f'export {WARNING_FILE}={shlex.quote(folder)}/".warned-$job"',
+        f'rm -f "${WARNING_FILE}" "${WARNING_FILE}{REQUEUE_SUFFIX}"',
+        f"""trap 'touch "${WARNING_FILE}"' {warning_signal}""",
+        f"(trap '' {warning_signal}; exec {words}) &",
+        "task=$! code=0",
+        "# A signal ends a wait early.",
+        'while kill -0 "$task" 2>/dev/null; do code=0; wait "$task" || code=$?; done',
+        f'rm -f "${WARNING_FILE}"',
+        f'if [ -e "${WARNING_FILE}{REQUEUE_SUFFIX}" ]; then',
+        f'  rm -f "${WARNING_FILE}{REQUEUE_SUFFIX}"',
+        '  brequeue "$job" && sleep 600',
+        "fi",
+        'exit "$code"',
+    ]
 
 
 def _directives(parameters: LsfParameters, array_size: int | None, warning_signal: str) -> list[str]:

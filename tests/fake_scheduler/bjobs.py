@@ -8,11 +8,20 @@ from collections.abc import Sequence
 
 from lsf_state import FINISHED, Job, here, refuse
 
-FIELDS = {"jobid": "id", "stat": "stat", "exit_reason": "exit_reason", "exit_code": "exit_code", "queue": "queue", "job_name": "name"}
+FIELDS = {
+    "jobid": "number",
+    "jobindex": "index",
+    "stat": "stat",
+    "exec_host": "exec_host",
+    "exit_reason": "exit_reason",
+    "exit_code": "exit_code",
+    "queue": "queue",
+    "job_name": "name",
+}
 
 
 def main(arguments: Sequence[str]) -> None:
-    state, rest, fields, delimiter, ids = here(), list(arguments), ["jobid", "stat"], " ", list[int]()
+    state, rest, fields, delimiter, ids = here(), list(arguments), ["jobid", "stat"], " ", list[str]()
     shows_ended = has_header = False
     has_header = True
     while rest:
@@ -26,26 +35,27 @@ def main(arguments: Sequence[str]) -> None:
             if not match or any(field not in FIELDS for field in match[1].split()):
                 refuse("bjobs: bad -o format")
             fields, delimiter = match[1].split(), match[2] or " "
-        elif re.fullmatch(r"\d+", word):
-            ids.append(int(word))
+        elif re.fullmatch(r"\d+(\[\d+\])?", word):
+            ids.append(word)
         else:
             refuse(f"{word}: Illegal option.")
     if has_header:
         print(delimiter.join(field.upper() for field in fields))
     missing = False
-    for job_id in ids or [job["id"] for job in state.jobs()]:
-        job = state.read(job_id)
-        # An ended job is named by its id for a while even without -a.
-        if job is None:
-            print(f"Job <{job_id}> is not found", file=sys.stderr)
+    found = [job for word in ids for job in state.find(word)] if ids else state.jobs()
+    for word in ids:
+        if not state.find(word):
+            print(f"Job <{word}> is not found", file=sys.stderr)
             missing = True
-        elif ids or shows_ended or job["stat"] not in FINISHED:
+    for job in found:
+        # An ended job is named by its id for a while even without -a.
+        if ids or shows_ended or job["stat"] not in FINISHED:
             print(delimiter.join(_value(job, field) for field in fields))
     sys.exit(255 if missing else 0)
 
 
 def _value(job: Job, field: str) -> str:
-    value = job.get(FIELDS[field])
+    value = ":".join(job.get("hosts", [])) or None if field == "exec_host" else job.get(FIELDS[field])
     return "-" if value is None else str(value)
 
 

@@ -7,33 +7,38 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from lsf_state import FINISHED, here, refuse
+from lsf_state import FINISHED, here, public_id, refuse
 
 
 def main(arguments: Sequence[str]) -> None:
-    state, rest, number, ids = here(), list(arguments), None, list[int]()
+    state, rest, number, ids = here(), list(arguments), None, list[str]()
     while rest:
         word = rest.pop(0)
         if word == "-s" and rest:
             number = _signal(rest.pop(0))
-        elif re.fullmatch(r"\d+", word):
-            ids.append(int(word))
+        elif re.fullmatch(r"\d+(\[\d+\])?", word):
+            ids.append(word)
         else:
             refuse(f"{word}: Illegal option.")
     if not ids:
         refuse("Job must be specified.")
     failed = False
-    for job_id in ids:
-        job = state.read(job_id)
-        if job is None or job["stat"] in FINISHED:
-            print(f"Job <{job_id}>: {'No matching job found' if job is None else 'Job has already finished'}", file=sys.stderr)
+    for word in ids:
+        jobs = state.find(word)
+        if not jobs:
+            print(f"Job <{word}>: No matching job found", file=sys.stderr)
             failed = True
-        elif number is None:
-            state.ask(job_id, what="kill")
-            print(f"Job <{job_id}> is being terminated")
-        else:
-            state.ask(job_id, what="signal", number=number)
-            print(f"Job <{job_id}> is being signaled")
+        for job in jobs:
+            name = public_id(job)
+            if job["stat"] in FINISHED:
+                print(f"Job <{name}>: Job has already finished", file=sys.stderr)
+                failed = True
+            elif number is None:
+                state.ask(job["id"], what="kill")
+                print(f"Job <{name}> is being terminated")
+            else:
+                state.ask(job["id"], what="signal", number=number)
+                print(f"Job <{name}> is being signaled")
     sys.exit(255 if failed else 0)
 
 

@@ -14,12 +14,13 @@ STATES = {"-r": "RUN", "-e": "EXIT", "-d": "DONE"}
 def main(arguments: Sequence[str]) -> None:
     state = here()
     wanted = [STATES[word] for word in arguments if word in STATES] or ["RUN"]
-    ids = [word for word in arguments if re.fullmatch(r"\d+", word)]
+    ids = [word for word in arguments if re.fullmatch(r"\d+(\[\d+\])?", word)]
     if len(ids) != 1 or any(word not in STATES and word not in ids for word in arguments):
         refuse("usage: brequeue [-r] [-d] [-e] jobId")
-    job = state.read(int(ids[0]))
-    if job is None:
-        refuse(f"Job <{ids[0]}>: No matching job found")
+    jobs = state.find(ids[0])
+    if len(jobs) != 1:
+        refuse(f"Job <{ids[0]}>: {'name one element of the array' if jobs else 'No matching job found'}")
+    (job,) = jobs
     if job["stat"] not in wanted:
         refuse(f"Job <{ids[0]}>: Job cannot be requeued, it is in the state {job['stat']}")
     state.ask(job["id"], what="requeue")

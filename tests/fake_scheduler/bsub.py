@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from lsf_state import FINISHED, State, dependency_terms, here, refuse
+from lsf_state import FINISHED, State, dependency_terms, element_id, here, refuse
 
 WITH_VALUE = ("-P", "-J", "-q", "-W", "-n", "-nnodes", "-o", "-e", "-w", "-alloc_flags", "-wa", "-wt", "-R", "-csm")
 FLAGS = ("-r", "-rn")
@@ -22,6 +22,8 @@ RACKS = re.compile(
     r"1\*\{select\[\(\(LN\)&&\(type==any\)\)\]order\[r15s:pg\]span\[hosts=1\]cu\[type=rack:pref=config\]\}"
     r"\+(?P<slots>\d+)\*\{select\[\(\(CN\)&&\(type==any\)\)\]order\[r15s:pg\]span\[ptile=(?P<ptile>\d+)\]cu\[type=rack:maxcus=(?P<racks>\d+)\]\}"
 )
+NAME = re.compile(r"(?P<name>[A-Za-z0-9._-]+)(?:\[1-(?P<last>[1-9]\d{0,3})\](?:%(?P<limit>[1-9]\d*))?)?")
+"""A name, or an array whose elements begin with 1, at most `limit` of them at a time."""
 Options = dict[str, str]
 
 
@@ -122,8 +124,8 @@ def check_words(options: Options, state: State) -> None:
     for name in ("-P", "-W"):
         if name not in options:
             refuse(f"{name} is missing: this site requires it. Job not submitted.")
-    if not re.fullmatch(r"[A-Za-z0-9._-]+", options.get("-J", "job")):
-        refuse(f"-J {options['-J']}: Bad job name; brackets would make an array. Job not submitted.")
+    if not NAME.fullmatch(options.get("-J", "job")):
+        refuse(f"-J {options['-J']}: Bad job name or array. Job not submitted.")
     if ("-wa" in options) != ("-wt" in options):
         refuse("-wa and -wt must be given together. Job not submitted.")
     if "-wa" in options and f"SIG{options['-wa']}" not in signal.Signals.__members__:
@@ -157,32 +159,39 @@ def main(arguments: Sequence[str]) -> None:
         if sum(job["stat"] not in FINISHED for job in state.jobs()) >= cluster["max_queued"]:
             refuse("User has reached the limit of queued jobs. Job not submitted.")
         job_id = state.next_id()
-        folder = state.job_folder(job_id)
-        folder.mkdir(parents=True)
-        (folder / "script").write_text(script)
-        state.write(
-            {
-                "id": job_id,
-                "name": options.get("-J", "job"),
-                "project": options["-P"],
-                "queue": queue,
-                "nodes": nodes,
-                "racks": racks,
-                "walltime_min": walltime,
-                "out": options.get("-o"),
-                "err": options.get("-e", options.get("-o")),
-                "after": options.get("-w"),
-                "warning": warning,
-                "rerunnable": "-r" in options,
-                "requeue_forbidden": "-rn" in options,
-                "alloc_flags": options.get("-alloc_flags", ""),
-                "environment": dict(os.environ),
-                "cwd": os.getcwd(),
-                "stat": "PEND",
-                "starts": 0,
-                "submitted": time.time(),
-            }
-        )
+        array = NAME.fullmatch(options.get("-J", "job"))
+        assert array
+        for index in range(1, int(array["last"]) + 1) if array["last"] else [0]:
+            element = element_id(job_id, index)
+            folder = state.job_folder(element)
+            folder.mkdir(parents=True)
+            (folder / "script").write_text(script)
+            state.write(
+                {
+                    "id": element,
+                    "number": job_id,
+                    "index": index,
+                    "limit": int(array["limit"]) if array["limit"] else None,
+                    "name": array["name"],
+                    "project": options["-P"],
+                    "queue": queue,
+                    "nodes": nodes,
+                    "racks": racks,
+                    "walltime_min": walltime,
+                    "out": options.get("-o"),
+                    "err": options.get("-e", options.get("-o")),
+                    "after": options.get("-w"),
+                    "warning": warning,
+                    "rerunnable": "-r" in options,
+                    "requeue_forbidden": "-rn" in options,
+                    "alloc_flags": options.get("-alloc_flags", ""),
+                    "environment": dict(os.environ),
+                    "cwd": os.getcwd(),
+                    "stat": "PEND",
+                    "starts": 0,
+                    "submitted": time.time(),
+                }
+            )
     print(f"Job <{job_id}> is submitted to {'queue' if '-q' in options else 'default queue'} <{queue}>.")
 
 

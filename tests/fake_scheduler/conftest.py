@@ -30,7 +30,14 @@ class Lsf:
     def configure(self, **changes: Any) -> None:
         """Change the cluster, which is Summit with a fast clock otherwise."""
         path = self.folder / "cluster.json"
-        path.write_text(json.dumps({**(json.loads(path.read_text()) if path.exists() else {}), **changes}))
+        new = path.with_suffix(".new")
+        new.write_text(json.dumps({**(json.loads(path.read_text()) if path.exists() else {}), **changes}))
+        new.rename(path)
+
+    def put_clock_forward(self, minutes: float) -> None:
+        """Let so many minutes of walltime pass at once."""
+        cluster = json.loads((self.folder / "cluster.json").read_text())
+        self.configure(clock_ahead_s=cluster.get("clock_ahead_s", 0.0) + minutes * cluster["minute_s"])
 
     def run(self, command: str, *arguments: str, script: str | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
         """One of the commands."""

@@ -31,7 +31,7 @@ class Running:
     hosts: list[str]
     began: float
     agenda: list[tuple[float, Callable[[], None]]] = field(default_factory=list)
-    """(when, what), on the monotonic clock."""
+    """(when, what), on the daemon's clock."""
     reason: str | None = None
     """What LSF will say ended the job."""
     requeues: bool = False
@@ -53,6 +53,11 @@ class Daemon:
 
     state: State
     running: dict[int, Running] = field(default_factory=dict)
+
+    @property
+    def now(self) -> float:
+        """The monotonic clock; a test may put it forward."""
+        return time.monotonic() + float(self.state.cluster["clock_ahead_s"])
 
     def serve(self) -> None:
         """Until SIGTERM."""
@@ -99,18 +104,18 @@ class Daemon:
         cluster = self.state.cluster
         limits = cluster["preemptable_after_min"].get(job["queue"], [])
         after_min = next((minutes for least, most, minutes in limits if least <= job["nodes"] <= most), None)
-        return after_min is not None and time.monotonic() >= running.began + after_min * cluster["minute_s"]
+        return after_min is not None and self.now >= running.began + after_min * cluster["minute_s"]
 
     def _end(self, running: Running, reason: str) -> None:
         """SIGINT, SIGTERM, SIGKILL, one after the other."""
-        interval, now = self.state.cluster["terminate_interval_s"], time.monotonic()
+        interval, now = self.state.cluster["terminate_interval_s"], self.now
         running.reason = reason
         for index, number in enumerate((signal.SIGINT, signal.SIGTERM, signal.SIGKILL)):
             running.at(now + index * interval, lambda number=number: running.signal(number))  # type: ignore[misc]
 
     def _look_after(self, job_id: int) -> None:
         running = self.running[job_id]
-        while running.agenda and running.agenda[0][0] <= time.monotonic():
+        while running.agenda and running.agenda[0][0] <= self.now:
             running.agenda.pop(0)[1]()
         if running.process.poll() is None:
             return
@@ -130,15 +135,22 @@ class Daemon:
         for name in ("out", "err"):
             spooled = self.state.job_folder(job["id"]) / name
             if job[name]:
-                with open(job[name].replace("%J", str(job["id"])).replace("%I", "0"), "ab") as file:
+                with open(job[name].replace("%J", str(job["number"])).replace("%I", str(job["index"])), "ab") as file:
                     file.write(spooled.read_bytes())
 
     def _dispatch(self) -> None:
         for job in self.state.jobs():
             if job["stat"] == "PEND" and (not job["after"] or is_satisfied(job["after"], self.state)):
-                hosts = self._free_hosts(job)
+                hosts = [] if self._is_held_back(job) else self._free_hosts(job)
                 if hosts:
                     self._start(job, hosts)
+
+    def _is_held_back(self, job: Job) -> bool:
+        """Whether so many elements of its array run already as may run at a time."""
+        if not job["limit"]:
+            return False
+        running = [self.state.read(job_id) for job_id in self.running]
+        return sum(other is not None and other["number"] == job["number"] for other in running) >= job["limit"]
 
     def _free_hosts(self, job: Job) -> list[str]:
         """Hosts for a job, of few racks when it asks for that; none when it has to wait."""
@@ -157,8 +169,8 @@ class Daemon:
         slots = [cluster["launch_host"], *(host for host in hosts for _ in range(cluster["cores"]))]
         (folder / "hosts").write_text("".join(f"{host}\n" for host in slots))
         variables = {
-            "LSB_JOBID": str(job["id"]),
-            "LSB_JOBINDEX": "0",
+            "LSB_JOBID": str(job["number"]),
+            "LSB_JOBINDEX": str(job["index"]),
             "LSB_JOBNAME": job["name"],
             "LSB_QUEUE": job["queue"],
             "LSB_DJOB_HOSTFILE": str(folder / "hosts"),
@@ -176,7 +188,7 @@ class Daemon:
                 start_new_session=True,
                 preexec_fn=die_with_parent,
             )
-        running = Running(process, hosts, time.monotonic())
+        running = Running(process, hosts, self.now)
         self.running[job["id"]] = running
         self._plan_time(job, running)
         self.state.write({**job, "stat": "RUN", "starts": job["starts"] + 1, "hosts": hosts})

@@ -19,6 +19,8 @@ from typing import Any, NoReturn
 
 Job = dict[str, Any]
 FINISHED = ("DONE", "EXIT")
+_ELEMENT = 1_000_000
+"""Element k of the array 1001 is kept as job k * _ELEMENT + 1001."""
 HOUR = 60
 
 SUMMIT = {
@@ -38,6 +40,7 @@ SUMMIT = {
     "minute_s": 60.0,
     "terminate_interval_s": 10.0,
     "kill_after_min": 10,
+    "clock_ahead_s": 0.0,
 }
 
 
@@ -95,6 +98,16 @@ class State:
         ids = sorted(int(path.name) for path in (self.folder / "jobs").glob("*") if path.name.isdigit())
         return [job for job_id in ids if (job := self.read(job_id))]
 
+    def find(self, text: str) -> list[Job]:
+        """The jobs that `1001`, or the element of an array that `1001[3]`, names on a command line: none, one, or all of an array."""
+        match = re.fullmatch(r"(\d+)(?:\[(\d+)\])?", text)
+        if not match:
+            refuse(f"{text}: Illegal job ID.")
+        if match[2] or self.read(int(match[1])):
+            job = self.read(element_id(int(match[1]), int(match[2] or 0)))
+            return [job] if job else []
+        return [job for job in self.jobs() if job["number"] == int(match[1])]
+
     def ask(self, job_id: int, **request: Any) -> None:
         """Leave a request for the daemon: {"what": "signal" | "kill" | "requeue" | "preempt" | "host failure", ...}."""
         with self.locked(), (self.folder / "requests.jsonl").open("a") as file:
@@ -109,6 +122,16 @@ class State:
             lines = path.read_text().splitlines()
             path.unlink()
         return [json.loads(line) for line in lines]
+
+
+def element_id(number: int, index: int) -> int:
+    """Under which id an element of an array is kept; index 0 is a job that is no array."""
+    return index * _ELEMENT + number
+
+
+def public_id(job: Job) -> str:
+    """What LSF calls a job: `1001` or `1001[3]`."""
+    return f"{job['number']}[{job['index']}]" if job["index"] else str(job["number"])
 
 
 def here() -> State:

@@ -67,7 +67,7 @@ def test_what_is_right_is_taken(lsf: Lsf) -> None:
         (script("#BSUB -wt 10"), "must be given together"),
         (script("#BSUB -wa HELLO", "#BSUB -wt 10"), "Bad signal value"),
         (script("#BSUB -wa USR1", "#BSUB -wt 0:10:00"), "-wt 0:10:00: Bad time specification"),
-        (script(J="run[1-10]"), "array"),
+        (script(J="run[0-10]"), "array"),
         (script(w="ended(77)"), "No matching job"),
         (script(w="after(1)"), "syntax error"),
         (script(w="ended(1) &&"), "syntax error"),
