@@ -34,7 +34,7 @@ def to_json(prospect: Prospect, *, recipe_name: str) -> dict[str, Any]:
     """The plan as plain values."""
     allocation, machine = prospect.allocation, prospect.machine
     slot = queues.bin_of(machine.queue(allocation.queue), allocation.num_nodes) if allocation.queue else None
-    jobs = prospect.num_jobs
+    jobs, problem = _count_jobs(prospect)
     return {
         "recipe": recipe_name,
         "machine": machine.name,
@@ -50,6 +50,7 @@ def to_json(prospect: Prospect, *, recipe_name: str) -> dict[str, Any]:
         "work_min": prospect.work_min,
         "utilisation": None if prospect.assumptions.total_min is not None else prospect.assumptions.utilisation,
         "num_jobs": jobs,
+        "chain_problem": problem,
         "node_hours_per_job": prospect.node_hours_per_job,
         "gpu_hours_per_job": prospect.gpu_hours_per_job,
         "corpus_bytes": prospect.corpus.num_bytes if prospect.corpus and prospect.corpus.sha256 else None,
@@ -130,11 +131,9 @@ def _job_lines(prospect: Prospect) -> Iterator[tuple[str, str]]:
     allocation = prospect.allocation
     if allocation.walltime_min is None:
         return
-    try:
-        jobs = prospect.num_jobs
-    except ConfigError as error:
-        yield "jobs", str(error)
-        jobs = None
+    jobs, problem = _count_jobs(prospect)
+    if problem:
+        yield "jobs", problem
     if jobs is not None:
         lost = f"each gives {START_UP_MIN} minutes to starting and {prospect.machine.warning_min} to saving"
         yield "jobs", f"{jobs} {'job' if jobs == 1 else 'chained jobs (--chain)'} of {time_text(allocation.walltime_min)}; {lost}"
@@ -142,6 +141,14 @@ def _job_lines(prospect: Prospect) -> Iterator[tuple[str, str]]:
     gpu_hours = f", {prospect.gpu_hours_per_job:,.0f} GPU-hours" if allocation.gpus_per_rank else ""
     total = f"; {jobs} jobs: at most {jobs * hours:,.0f} node-hours" if jobs and jobs > 1 else ""
     yield "cost", f"{hours:,.0f} node-hours{gpu_hours} a job{total}"
+
+
+def _count_jobs(prospect: Prospect) -> tuple[int | None, str | None]:
+    """The number of jobs, or why there is none: a plan is worth reading all the same."""
+    try:
+        return prospect.num_jobs, None
+    except ConfigError as error:
+        return None, str(error)
 
 
 def _storage_lines(prospect: Prospect) -> Iterator[tuple[str, str]]:
