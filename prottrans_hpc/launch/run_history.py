@@ -88,8 +88,8 @@ class Now:
     """The last that was taken."""
     saved_step: int
     last_step_at: str | None = None
-    step_s: float | None = None
-    """Median seconds of a step."""
+    lost_s: float = 0.0
+    """For how long the steps after the newest checkpoint were computed."""
     exit_code: int | None = None
     ranks_per_node: int = 1
 
@@ -218,9 +218,11 @@ _TELLERS = {
 
 def _settle(start: Start, following: Start) -> None:
     """What is known of a start because another one followed it."""
-    start.ended = start.ended or start.last_step_at
     if start.trains_from is None:
+        start.ended = start.ended or start.began
         return
+    start.last_step_at = max(start.last_step_at or "", start.trains_from)
+    start.ended = start.ended or start.last_step_at
     if start.steps_lost is None and following.step is not None and start.stop_step is not None:
         start.steps_lost = max(0, start.stop_step - following.step)
     if start.stop_step is None and following.step is not None and start.steps_lost is not None:
@@ -234,11 +236,11 @@ def _settle_last(start: Start, now: Now) -> None:
     start.exit_code = now.exit_code if start.exit_code is None else start.exit_code
     if start.trains_from is None:
         return
-    start.last_step_at = now.last_step_at
-    start.ended = start.ended or now.last_step_at
+    start.last_step_at = max(now.last_step_at or "", start.trains_from)
+    start.ended = start.ended or start.last_step_at
     start.stop_step = max(now.step, start.step or 0) if start.stop_step is None else start.stop_step
     start.steps_lost = max(0, start.stop_step - max(now.saved_step, start.step or 0))
-    start.lost_s = start.steps_lost * (now.step_s or 0.0)
+    start.lost_s = now.lost_s if start.steps_lost else 0.0
 
 
 def _count_hours(start: Start, following: Start | None) -> None:

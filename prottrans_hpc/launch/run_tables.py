@@ -149,11 +149,13 @@ def rates(facts: RunFacts) -> dict[str, Any]:
 
 def present(facts: RunFacts, verdict: Verdict) -> Now:
     """What the history of a run must know of its present."""
-    written = _utc(facts.run_dir.metrics.stat().st_mtime) if facts.recent else None
-    step_s = rates(facts).get("step_s")
-    ranks_per_node = facts.run.allocation.ranks_per_node
     at_work = verdict.state.is_alive and verdict.state is not RunState.QUEUED
-    return Now(at_work, facts.step, facts.saved_step, written, step_s, facts.exit_code, ranks_per_node)
+    written = facts.run_dir.metrics.stat().st_mtime if facts.recent else None
+    last_step_at = datetime.fromtimestamp(written, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z") if written else None
+    step_s = float(rates(facts).get("step_s", 0.0))
+    unsaved = [float(record.get("step_s") or 0.0) for record in facts.recent if record.get("step", 0) > facts.saved_step]
+    lost_s = sum(unsaved) if len(unsaved) < len(facts.recent) else step_s * (facts.step - facts.saved_step)
+    return Now(at_work, facts.step, facts.saved_step, last_step_at, lost_s, facts.exit_code, facts.run.allocation.ranks_per_node)
 
 
 def history_lines(story: Story) -> list[str]:

@@ -63,6 +63,14 @@ class JsonLines:
             self._descriptor = self._open()
         return dropped
 
+    def later_than(self, step: int) -> Record:
+        """How many steps of metrics come after `step`, how long they took, and when the last line was written (None: there is none)."""
+        lines = self._path.read_bytes().splitlines(keepends=True)
+        lost = [json.loads(line) for line in lines if step < _step_of(line) < math.inf]
+        seconds = sum(float(record.get("step_s") or 0.0) for record in lost)
+        last_step_at = environment.utc(os.fstat(self._descriptor).st_mtime) if lines else None
+        return {"steps_lost": len(lost), "lost_s": round(seconds, 3), "last_step_at": last_step_at}
+
     def last_step(self) -> int:
         """The step of the last line; 0 when there is none."""
         lines = self._path.read_bytes().splitlines()
@@ -112,9 +120,12 @@ class Records:
         self._metrics, self._validation, self._history = (JsonLines(path) for path in (run_dir.metrics, run_dir.validation, run_dir.history))
         self._folder = run_dir.tensorboard
         self._events: EventFile | None = None
+        self.taken_again: Record = {}
+        """What the latest `begin_at` found that an earlier start had done in vain, for the history."""
 
     def begin_at(self, step: int) -> None:
         """Cut back to `step` and go on from there."""
+        self.taken_again = self._metrics.later_than(step)
         dropped = self._metrics.cut_back(step) + self._validation.cut_back(step)
         if dropped:
             _log.info("dropped %d lines of metrics and validation after step %d; the steps are taken again", dropped, step)

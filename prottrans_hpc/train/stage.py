@@ -46,16 +46,24 @@ def _start(run: Run, run_dir: RunDir, comm: Comm, context: RankContext, *, start
         for name in retention.remove_leftovers(run_dir):
             _log.info("removed %s, which a stopped save had left", name)
     with staged(read_corpus_index(run), run.machine, comm, context, timeout_s=run.recipe.parallel.timeout_s) as index:
-        _go_on(open_session(run, run_dir, comm, index=index, start_id=start_id, records=records), start_id=start_id)
+        _go_on(open_session(run, run_dir, comm, index=index, start_id=start_id, records=records), start_id=start_id, num_nodes=context.num_nodes)
 
 
-def _go_on(session: Session, *, start_id: str) -> None:
+def _go_on(session: Session, *, start_id: str, num_nodes: int) -> None:
     """From the newest checkpoint, or the beginning, to the last step."""
     run, comm = session.run, session.comm
     resumed_from = resume.restore(session)
     if session.records is not None:
-        versions = environment.versions()
-        session.records.event("start", start_id=start_id, step=session.progress.step, resumed_from=resumed_from, world_size=comm.world_size, versions=versions)
+        session.records.event(
+            "start",
+            start_id=start_id,
+            step=session.progress.step,
+            resumed_from=resumed_from,
+            world_size=comm.world_size,
+            num_nodes=num_nodes,
+            versions=environment.versions(),
+            **session.records.taken_again,
+        )
     if session.progress.step >= run.last_step:
         _log.info("nothing to do: this run finished step %d, and %d was its last", session.progress.step, run.last_step)
         _tell_stop(session, "finished before", errors.DONE)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,23 @@ def test_a_resume_leaves_one_line_a_step(tmp_path: Path) -> None:
     assert json.loads(run.metrics.read_text().splitlines()[3])["loss"] == 2.0
     assert _steps(run.validation) == []
     assert _steps(run.history) == [0, 3]
+
+
+def test_a_resume_finds_what_was_done_in_vain(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    records = _records(tmp_path)
+    records.begin_at(0)
+    assert records.taken_again == {"steps_lost": 0, "lost_s": 0.0, "last_step_at": None}
+    for step in range(1, 8):
+        records.step({"step": step, "step_s": step / 4})
+    records.close()
+    with run.metrics.open("ab") as file:
+        file.write(b'{"step": 8, "step_s": 2')
+    os.utime(run.metrics, (1_000_000_000, 1_000_000_000))
+    records = _records(tmp_path)
+    records.begin_at(5)
+    assert records.taken_again == {"steps_lost": 2, "lost_s": 6 / 4 + 7 / 4, "last_step_at": "2001-09-09T01:46:40.000Z"}
+    records.close()
 
 
 def test_cutting_where_nothing_is_behind_changes_no_byte(tmp_path: Path) -> None:
