@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .. import architecture
+from .. import architecture, config
 from ..errors import ConfigError
 from ..machine import Allocation, Machine, usable_cpu_cores
 from ..recipe import Recipe
@@ -57,11 +57,13 @@ def allocate(machine: Machine, demand: Demand) -> Allocation:
 
 
 def check_account(machine: Machine, account: str | None) -> None:
-    """Raises ConfigError when the machine wants a project to charge and none is given, or the other way round."""
+    """Raises ConfigError when the machine wants a project to charge and none is given, or the other way round, or it is no name."""
     if machine.account_required and not account:
         raise ConfigError(f"{machine.name} charges a project for every job: give it with --account PROJECT")
     if machine.scheduler == "local" and account:
         raise ConfigError(f"--account is for batch systems; {machine.name} has none")
+    if account:
+        config.check_name(account, what="the account")
 
 
 def remarks(recipe: Recipe, machine: Machine, allocation: Allocation) -> list[str]:
