@@ -136,7 +136,10 @@ class Machine:
     python: str | None = None
     """The interpreter on the compute nodes; None: the one that runs this command."""
     launcher_prefix: tuple[str, ...] = ()
-    """Put in front of every rank's command, for example ("apptainer", "exec", "--nv", "prottrans.sif")."""
+    """Put in front of every rank's command, for example ("apptainer", "exec", "--nv", "prottrans.sif"); `python` is then the image's.
+
+    What goes on around the ranks (the starter, and our own programs on the batch node) runs outside of the container.
+    """
     sources: tuple[str, ...] = ()
     """Where the numbers come from, one line each."""
     retired: bool = False
@@ -153,6 +156,8 @@ class Machine:
         allowed = {"local": (), "slurm": ("switches", "node_list", "segment"), "lsf": ("compute_unit",)}[self.scheduler]
         if self.rack_placement not in ("none", *allowed):
             raise ValueError(f"rack_placement {self.rack_placement!r} is not known to the scheduler {self.scheduler!r}: {', '.join(('none', *allowed))}")
+        if self.launcher_prefix and self.starter == "torchrun":
+            raise ValueError("the starter 'torchrun' starts the ranks' Python itself, so no launcher_prefix can stand in front of it: take another starter")
         if self.staging == "node_local" and self.node.local_disk_path is None:
             raise ValueError("staging = 'node_local' needs node.local_disk_path")
 

@@ -53,7 +53,9 @@ class Plan:
     def job(self) -> Job:
         """The job that carries the plan out."""
         python = self.machine.python or sys.executable
-        return Job("pretrain", self.run_dir.path.name, self.run_dir, self.machine, self.allocation, python, self.flags, self.account)
+        # In a container the profile's interpreter is the image's; what goes on around the ranks has this one.
+        host_python = sys.executable if self.machine.launcher_prefix else None
+        return Job("pretrain", self.run_dir.path.name, self.run_dir, self.machine, self.allocation, python, self.flags, self.account, host_python)
 
     @property
     def script(self) -> bytes:

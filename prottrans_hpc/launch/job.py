@@ -30,10 +30,12 @@ class Job:
     """For the ranks: ("--quiet",), ("--verbose",) or nothing."""
     account: str | None = None
     """Project or account that a batch system charges."""
+    host_python: str | None = None
+    """The interpreter of our own programs around the ranks, where the script runs; None: the ranks'. With a container they differ."""
 
     def __post_init__(self) -> None:
         config.check_name(self.name, what="the job name")
-        for what, text in (("the run directory", str(self.run_dir.path)), ("the Python interpreter", self.python)):
+        for what, text in (("the run directory", str(self.run_dir.path)), ("the Python interpreter", self.python), ("the Python interpreter", self.own_python)):
             if _CONTROL.search(text) or not PurePath(text).is_absolute():
                 raise ConfigError(f"{what} {text!r} must be an absolute path without control characters")
         if self.account is not None:
@@ -44,9 +46,14 @@ class Job:
         """What every rank runs. -P: a torch.py in the current folder is not torch."""
         return [*self.machine.launcher_prefix, self.python, "-P", "-m", "prottrans_hpc", self.stage, str(self.run_dir.path), *self.flags]
 
+    @property
+    def own_python(self) -> str:
+        """The interpreter on the node where the job script runs, outside of a container."""
+        return self.host_python or self.python
+
     def module(self, name: str) -> list[str]:
         """The call of a module of the launch side, on the node where the job script runs."""
-        return [self.python, "-P", "-m", f"prottrans_hpc.launch.{name}"]
+        return [self.own_python, "-P", "-m", f"prottrans_hpc.launch.{name}"]
 
 
 def num_ranks_text(allocation: Allocation) -> str:

@@ -87,7 +87,7 @@ def _setup_lines(machine: Machine) -> list[str]:
 
 def _environment_lines(job: Job) -> list[str]:
     lines = [
-        f'export PATH={shlex.quote(str(PurePath(job.python).parent))}:"$PATH"',
+        f'export PATH={shlex.quote(str(PurePath(job.own_python).parent))}:"$PATH"',
         f"export OMP_NUM_THREADS={job.allocation.cpu_cores_per_rank}",
         "# With it the ranks of this start know one another from strangers.",
         "PROTTRANS_NONCE=$(od -An -N16 -tx1 /dev/urandom | tr -d ' \\n')",
