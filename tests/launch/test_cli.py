@@ -44,6 +44,7 @@ def test_help_names_every_verb_and_exit_code(tmp_path: Path) -> None:
 
 
 VERBS = ["preprocess", "corpus show", "corpus check", "pretrain", "embed", "export", "import", "models", "models list", "models show"]
+VERBS += ["plan", "machines", "machines list", "machines show"]
 VERBS += ["runs", "runs list", "runs show", "runs logs", "runs cancel", "runs resume"]
 
 
@@ -75,7 +76,7 @@ def test_help_costs_little_more_than_python(tmp_path: Path) -> None:
     assert best_of([sys.executable, "-m", "prottrans_hpc.launch.cli", "--help"]) < 5 * bare
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["models"], [*PRETRAIN, "--dry-run"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["models"], ["machines", "show", "summit"], ["plan", "tiny_prot_bert"], [*PRETRAIN, "--dry-run"]])
 def test_the_login_node_needs_neither_torch_nor_numpy(arguments: list[str], here: Path) -> None:
     code = (
         "import sys; from prottrans_hpc.launch.cli import main; main(sys.argv[1:]); "
