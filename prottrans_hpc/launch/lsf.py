@@ -36,6 +36,7 @@ _REASONS = {
     "TERM_EXTERNAL_SIGNAL": State.FAILED,
 }
 """How bjobs explains that a job has the state EXIT."""
+_CANCEL = 'case "$(bjobs -a -noheader -o stat "$1")" in RUN*) exec bkill -s USR1 "$1" ;; *) exec bkill "$1" ;; esac'
 _SUBMIT = 'script=$1; shift; exec bsub "$@" <"$script"'
 
 
@@ -128,5 +129,8 @@ def parse_states(output: str) -> dict[str, State]:
 
 
 def cancel_argv(job_id: str) -> list[str]:
-    """The command that ends a job: SIGINT and SIGTERM first, then SIGKILL; one that waits leaves the queue."""
-    return ["bkill", job_id]
+    """The command that takes a waiting job out of the queue, and asks a running one to save and stop.
+
+    A plain bkill would follow SIGINT and SIGTERM with SIGKILL after the site's interval, often 10 s, saved or not.
+    """
+    return ["bash", "-euc", _CANCEL, "cancel", job_id]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from prottrans_hpc.durable import read_json
+from prottrans_hpc.launch.schedulers import SCHEDULERS
 
 if TYPE_CHECKING:
     from .conftest import Lsf
@@ -129,7 +131,9 @@ def pretraining(lsf: Lsf, prottrans: Callable[..., Any], small_corpus: Path, tmp
     return Pretraining(lsf, prottrans, small_corpus, tmp_path / "run", machine)
 
 
-def test_a_job_trains_to_the_end(pretraining: Pretraining) -> None:
+@pytest.mark.parametrize("resource_set", ["rank", "node"])
+def test_a_job_trains_to_the_end(pretraining: Pretraining, resource_set: str) -> None:
+    pretraining.machine.write_text(pretraining.machine.read_text().replace("warning_min", f'resource_set = "{resource_set}"\nwarning_min'))
     (job,) = pretraining.submit(steps=4)
     done = pretraining.lsf.wait(job, "DONE", "EXIT")
     assert done["stat"] == "DONE", pretraining.log
@@ -201,8 +205,15 @@ def test_a_job_that_is_queued_again_resumes_under_its_id(pretraining: Pretrainin
     assert pretraining.wait_for_start(2)["step"] == ends_at
     if how != "host failure":
         assert pretraining.causes() == ["SIGINT to the job script"]
-    pretraining.lsf.run("bkill", job)
+    before = len(pretraining.causes())
+    cancel(pretraining.lsf, job)
     assert pretraining.lsf.wait(job, "EXIT")["exit_code"] == 75, pretraining.log
+    assert pretraining.causes()[before:] == ["SIGUSR1 to the job script"]
+
+
+def cancel(lsf: Lsf, job_id: str) -> None:
+    """As `prottrans runs cancel` does it."""
+    subprocess.run(SCHEDULERS["lsf"].cancel_argv(job_id), env=lsf.environment, check=True, timeout=60)
 
 
 def test_a_failure_that_nothing_cures_ends_the_chain(pretraining: Pretraining) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -99,6 +100,13 @@ def test_bsub_refuses_the_hundred_and_first_job(lsf: Lsf) -> None:
 def test_the_command_line_wins_over_the_script(lsf: Lsf) -> None:
     assert lsf.job(lsf.submit(script(), "-nnodes", "7"))["nodes"] == 7
     assert "give the script on standard input" in lsf.run("bsub", "job.sh", script=script()).stderr
+
+
+@pytest.mark.parametrize(("name", "place"), [("summit-936-nodes", (936, 52, 1440)), ("summit-2-nodes", (2, None, 90)), ("summit-pretrain", (936, 52, 1440))])
+def test_the_reviewed_scripts_are_taken(lsf: Lsf, name: str, place: tuple[int, int | None, int]) -> None:
+    golden = Path(__file__).resolve().parents[1] / "golden" / f"{name}.sh"
+    job = lsf.job(lsf.submit(golden.read_text()))
+    assert (job["nodes"], job["racks"], job["walltime_min"]) == place
 
 
 def test_job_ids_go_on_when_lsf_starts_again(lsf: Lsf) -> None:
