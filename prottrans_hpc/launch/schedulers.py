@@ -35,6 +35,8 @@ class Scheduler:
     """The environment variable in which a job script finds its own id; None: there is none."""
     inherited_prefixes: tuple[str, ...] = ()
     """Variables of a surrounding job that must not reach a new one."""
+    hands_on_environment: bool = False
+    """A job would get the whole environment of the shell that submits it: then it is told only what a login knows."""
 
 
 SCHEDULERS: dict[str, Scheduler] = {
@@ -48,6 +50,8 @@ SCHEDULERS: dict[str, Scheduler] = {
         slurm.cancel_argv,
         job_id_variable="SLURM_JOB_ID",
         inherited_prefixes=("SLURM_", "SBATCH_", "SRUN_", "PMIX_", "PMI_", "OMPI_"),
+        # Any --export but ALL makes Slurm log in as the user on the node, which takes seconds to minutes and holds the job when it fails.
+        hands_on_environment=True,
     ),
     "lsf": Scheduler(
         lsf.render_header,

@@ -27,6 +27,11 @@ _OURS = (
 )
 _KEPT = ("SLURM_CONF",)
 """Where a site's commands find their configuration; not about any job."""
+_STATED = re.compile(
+    r"HOME|USER|LOGNAME|SHELL|PATH|LANG|LC_\w+|TZ|SLURM_CONF"
+    r"|BASH_ENV|BASH_FUNC_.*|MODULESHOME|MODULEPATH|MODULEPATH_ROOT|MODULES_CMD|LMOD_\w+"  # so that `module load` works; not what is loaded
+)
+"""All that a job may have from the shell that submits it, where a scheduler would hand on everything."""
 
 
 class MaybeSubmittedError(SubmitError):
@@ -40,7 +45,7 @@ def submit(scheduler: str, run_dir: RunDir, *, after: str | None = None, keep_op
     """
     speech = SCHEDULERS[scheduler]
     try:
-        said = _call(speech.submit_argv(run_dir, after), "submit the job", speech, keep_open=keep_open)
+        said = _call(speech.submit_argv(run_dir, after), "submit the job", speech, keep_open=keep_open, submits=True)
     except _NoAnswerError as error:
         raise MaybeSubmittedError(f"{error}. The job may be in the queue: look for {run_dir.path.name} there before you try again") from error.__cause__
     return speech.parse_job_id(said)
@@ -94,6 +99,16 @@ def requeue(scheduler: str, job_id: str, *, timeout_s: float) -> None:
     _call(VITALS[scheduler].requeue_argv(job_id), f"requeue job {job_id}", SCHEDULERS[scheduler], timeout_s=timeout_s)
 
 
+def ask(scheduler: str, argv: Sequence[str], purpose: str) -> str:
+    """Standard output of a scheduler's command that only tells. Raises SubmitError with what it said when it failed."""
+    return _call(argv, purpose, SCHEDULERS[scheduler])
+
+
+def stated(environment: Mapping[str, str]) -> dict[str, str]:
+    """An environment of which a job's setup_lines know what is in it: what a person has loaded, activated or exported stays behind."""
+    return {key: value for key, value in environment.items() if _STATED.fullmatch(key)}
+
+
 def scrubbed(environment: Mapping[str, str], prefixes: Sequence[str]) -> dict[str, str]:
     """An environment without what a surrounding job, or a rank, left in it: an inherited binding slows or breaks a new job."""
     return {key: value for key, value in environment.items() if key in _KEPT or not (key.startswith(tuple(prefixes)) or key in _OURS)}
@@ -104,9 +119,17 @@ class _NoAnswerError(SubmitError):
 
 
 def _call(
-    argv: Sequence[str], purpose: str, speech: Scheduler, *, keep_open: Sequence[int] = (), timeout_s: float = TIMEOUT_S, excused: str | None = None
+    argv: Sequence[str],
+    purpose: str,
+    speech: Scheduler,
+    *,
+    keep_open: Sequence[int] = (),
+    timeout_s: float = TIMEOUT_S,
+    excused: str | None = None,
+    submits: bool = False,
 ) -> str:
     """Standard output of a command. A failure is a SubmitError unless all that it says on standard error matches `excused`."""
+    environment = scrubbed(os.environ, speech.inherited_prefixes)
     try:
         done = subprocess.run(
             list(argv),
@@ -115,7 +138,7 @@ def _call(
             text=True,
             errors="backslashreplace",
             timeout=timeout_s,
-            env=scrubbed(os.environ, speech.inherited_prefixes),
+            env=stated(environment) if submits and speech.hands_on_environment else environment,
             pass_fds=tuple(keep_open),
             check=False,
         )

@@ -99,8 +99,8 @@ PartitionName=batch Default=YES PriorityTier=10
 PartitionName=killable PriorityTier=1 GraceTime=8
 PartitionName=killable_at_once PriorityTier=1 GraceTime=0
 """
-CLOUD = "ResumeProgram=/bin/true\nSuspendProgram=/bin/true\nSuspendTime=600\nResumeTimeout=600\nSuspendRate=0\nResumeRate=0"
-"""Nodes behind which nothing runs are schedulable all the same."""
+CLOUD = "ResumeProgram=/bin/true\nSuspendProgram=/bin/true\nSuspendTime=600\nResumeTimeout=600\nSuspendRate=0\nResumeRate=0\nPrivateData=cloud"
+"""Nodes behind which nothing runs are schedulable all the same; sinfo shows them with PrivateData=cloud only."""
 
 
 class Lab:
@@ -194,10 +194,11 @@ class Lab:
         """Wait until Slurm can use all of these nodes."""
 
         def idle() -> bool:
-            done = subprocess.run(["sinfo", "-h", "-N", "-p", "batch", "-t", "idle", "-o", "%N"], capture_output=True, text=True, timeout=30, check=False)
-            return set(names) <= set(done.stdout.split())
+            # A node that does not exist is idle and powered down: Slurm calls it idle~.
+            done = subprocess.run(["sinfo", "-h", "-N", "-p", "batch", "-o", "%N %t"], capture_output=True, text=True, timeout=30, check=False)
+            return set(names) <= {name for name, state in map(str.split, done.stdout.splitlines()) if state in ("idle", "idle~")}
 
-        wait(idle, f"not all of {names[:8]} become idle")
+        wait(idle, f"not all of {names[:8]} ... become idle")
 
     def obey(self, order: str, name: str) -> None:
         """One order of the tests."""

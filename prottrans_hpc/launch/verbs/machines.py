@@ -9,12 +9,15 @@ import click
 
 from ..demand import time_text
 from ..options import as_json, examples, verbosity
+from .machines_new import new
 
 if TYPE_CHECKING:
     from ...machine import Machine
 
 
-@click.group(invoke_without_command=True, epilog=examples("prottrans machines", "prottrans machines show summit", "prottrans machines --json"))
+@click.group(
+    invoke_without_command=True, epilog=examples("prottrans machines", "prottrans machines show summit", "prottrans machines new --out my_cluster.toml")
+)
 @as_json
 @verbosity
 @click.pass_context
@@ -24,6 +27,9 @@ def machines(context: click.Context, as_json: bool) -> None:
         _print_list(as_json)
     elif as_json:
         context.obj = {"json": True}
+
+
+machines.add_command(new)
 
 
 @machines.command("list", epilog=examples("prottrans machines list", "prottrans machines list --json"))

@@ -38,9 +38,7 @@ def test_a_killed_rank_ends_the_gang_and_the_chain_goes_on(cluster: Cluster, tra
     cluster.run("kill", "-KILL", *ranks_on(cluster, victim), node=victim)
     ended = run.wait_event("ended")
     assert time.monotonic() - began < 30  # of which 5 are Slurm's KillWait; the collective's own limit is 60
-    assert ended["code"] == 137 and "SIGKILL" in ended["cause"]
-    assert f"srun: error: {victim}: task 1: Killed" in run.log
-    assert f"on {victim}" in run.log
+    assert ended["code"] == 137 and f"lost rank 1 on {victim}" in ended["cause"] and f"{victim}: task 1: Killed" in ended["cause"]
     run.wait_done()
     assert [event["job_id"] for event in run.events("begun")] == run.job_ids
     same(run.outcome(), undisturbed)
@@ -70,7 +68,7 @@ def test_a_cut_link_ends_the_ranks_on_both_sides(cluster: Cluster, training: Mak
     cluster.cut(victim)
     # Nobody tells either side anything: each finds out by the time limit of a collective.
     cluster.wait(lambda: not ranks_on(cluster, victim) and not ranks_on(cluster, first), "the ranks to end")
-    assert time.monotonic() - began < 8 + 20
+    assert time.monotonic() - began < 8 + 20, "\n".join(path.read_text() for path in (run.folder / "logs").iterdir())
     cluster.wait(lambda: run.events("ended"), "the end of the job")
     assert f"on {victim}" in run.log, run.story()
     cluster.run("scancel", *run.job_ids)
@@ -79,7 +77,7 @@ def test_a_cut_link_ends_the_ranks_on_both_sides(cluster: Cluster, training: Mak
 def test_a_full_disk_is_named_and_the_last_checkpoint_stays(cluster: Cluster, training: MakeTraining) -> None:
     inside = Path("/run/shared/small disk")
     cluster.run("mkdir", "-p", str(inside))
-    cluster.run("mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", str(inside))
+    cluster.run("mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", str(inside))
     outside = Path(f"/proc/{cluster.unshare.pid}/root{inside}")
     try:
         settings = ("checkpoint.keep_last=100000", "checkpoint.every_steps=5")
@@ -94,7 +92,7 @@ def test_a_full_disk_is_named_and_the_last_checkpoint_stays(cluster: Cluster, tr
         assert run.run_dir.checkpoint_steps()[-1] == last
         assert [event["code"] for event in run.events("ended")] == [73, 73]
         # With space again the same command goes on from there.
-        cluster.run("bash", "-c", f"cd '{inside}/run/checkpoints' && ls -d step-* | head -n 3 | xargs rm -r")
+        cluster.run("bash", "-c", f"cd '{inside}/run/checkpoints' && ls -d step-* | head -n 2 | xargs rm -r")
         run.steps = last + 2
         run.submit()
         run.wait_done()
