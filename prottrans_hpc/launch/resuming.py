@@ -81,7 +81,7 @@ def plan_again(facts: RunFacts, changes: Changes) -> Plan:
         raise ConfigError(f"--steps {changes.steps} is more than the recipe's {run.recipe.num_steps}")
     checks.check_model(run.recipe)
     machine = read_machine(changes.machine) if changes.machine else run.machine
-    account = changes.account or (facts.jobs.account if facts.jobs and not changes.machine else None)
+    account = changes.account or (facts.jobs.account if facts.jobs and not changes.machine and machine.scheduler != "local" else None)
     planner.check_account(machine, account)
     before = len(facts.jobs.job_ids) if facts.jobs and facts.jobs.scheduler != "local" else 1
     return Plan(

@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from prottrans_hpc.run_dir import RunDir
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 # What a rank does: says who it is, then what RUN_DIR/behaviour.json tells it; without an order it waits for a signal and "saves".
@@ -166,3 +168,98 @@ def job(tmp_path: Path) -> Iterator[Job]:
         if is_alive(pid):
             os.kill(pid, 9)
             pytest.fail(f"process {pid} was left behind")
+
+
+@dataclass(frozen=True)
+class FakeSlurm:
+    """`squeue` and `scancel` on PATH that answer from files, and remember what they were asked."""
+
+    folder: Path
+
+    def says(self, **states: str) -> None:
+        """What squeue knows: says(j12="RUNNING")."""
+        new = self.folder / "states.new"
+        new.write_text("".join(f"{job.removeprefix('j')}|{state}\n" for job, state in states.items()))
+        new.rename(self.folder / "states")
+
+    def is_silent(self) -> None:
+        """From now on the controller does not answer."""
+        (self.folder / "states").unlink(missing_ok=True)
+
+    @property
+    def calls(self) -> list[str]:
+        """Every command line so far."""
+        path = self.folder / "calls"
+        return path.read_text().splitlines() if path.exists() else []
+
+
+_FAKE_COMMANDS = {
+    "squeue": 'if ! cat "$here/states" 2>/dev/null; then echo "slurm_load_jobs error: Unable to contact slurm controller (connect failure)" >&2; exit 1; fi',
+    "scancel": "true",
+    "sbatch": 'n=$(cat "$here/next" 2>/dev/null || echo 100); echo $((n + 1)) > "$here/next"; echo "$n"',
+}
+
+
+@pytest.fixture
+def fake_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
+    folder = tmp_path / "fake slurm"
+    folder.mkdir()
+    for name, body in _FAKE_COMMANDS.items():
+        program = folder / name
+        program.write_text(f'#!/bin/sh\nhere=$(dirname "$0")\necho "{name} $*" >> "$here/calls"\n{body}\n')
+        program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+    return FakeSlurm(folder)
+
+
+@dataclass(frozen=True)
+class RunsFolder:
+    """Run directories as `prottrans runs` meets them, without anything having run."""
+
+    folder: Path
+
+    def make(self, name: str, *, machine: str = "laptop", nodes: int = 1, stop_after_step: int | None = None, job_ids: tuple[str, ...] = ()) -> RunDir:
+        """A run of tiny_prot_bert (200 steps), submitted as `job_ids` to the machine's scheduler."""
+        from prottrans_hpc import run_dir as run_dirs
+        from prottrans_hpc.launch import planner
+        from prottrans_hpc.launch.checks import read_corpus_facts
+        from prottrans_hpc.launch.demand import Demand
+        from prottrans_hpc.machine import read_machine
+        from prottrans_hpc.recipe import read_recipe
+
+        recipe, profile = read_recipe("tiny_prot_bert"), read_machine(machine)
+        facts = read_corpus_facts(write_index(self.folder.parent / "corpus"))
+        directory = run_dirs.prepare(self.folder / name)
+        allocation = planner.plan(recipe, profile, Demand(num_nodes=nodes, partial_rack=profile.nodes_per_rack is not None))
+        run = run_dirs.Run(
+            "a" * 16, "2026-01-01T00:00:00+00:00", "0", recipe, "tiny_prot_bert", str(facts.path), facts.sha256, profile, allocation, stop_after_step
+        )
+        run_dirs.write_run(directory, run)
+        if job_ids:
+            run_dirs.write_jobs(directory, run_dirs.Jobs(profile.scheduler, job_ids, os.uname().nodename, "2026-01-01T00:00:00+00:00", "proj"))
+        return directory
+
+    @staticmethod
+    def train(directory: RunDir, steps: int, *, saved: Iterable[int] = (), first: int = 1) -> None:
+        """Lines of metrics.jsonl, and checkpoints that are empty folders."""
+        with directory.metrics.open("a") as file:
+            for step in range(first, steps + 1):
+                file.write(json.dumps({"step": step, "loss": 3.0 - step / 1000, "step_s": 2.0, "residues_per_s": 1000.0 + step}) + "\n")
+        for step in saved:
+            directory.checkpoint(step).mkdir(parents=True)
+
+    @staticmethod
+    def happened(directory: RunDir, *events: Mapping[str, Any]) -> None:
+        """Lines of history.jsonl (start, stop) and jobs.jsonl (those with a job_id)."""
+        for event in events:
+            path = directory.jobs_log if "job_id" in event else directory.history
+            with path.open("a") as file:
+                file.write(json.dumps(event) + "\n")
+
+
+@pytest.fixture
+def runs_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunsFolder:
+    """The folder `runs` of the current folder."""
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    return RunsFolder(tmp_path / "runs")
