@@ -1,6 +1,6 @@
 """What happened to the batch jobs of a run: RUN_DIR/jobs.jsonl, one JSON object a line, only ever appended to.
 
-Events: submitted, begun, ended, taken_over, refused, requeued, cancelled_rest. Each has `time` (UTC), `event`,
+Events: submitted, begun, ended, taken_over, refused, requeued, cancelled_rest, cancelled (by a person). Each has `time` (UTC), `event`,
 `job_id` and `restart`; what else it has stands where it is recorded.
 """
 
