@@ -65,6 +65,22 @@ def small_corpus(tmp_path_factory: pytest.TempPathFactory, small_fasta: Path, pr
     return corpus
 
 
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model with fixed random weights, as `prottrans import` writes one. Tests must not change it."""
+    from prottrans_hpc import architecture
+    from prottrans_hpc.models.prot_bert import build
+    from prottrans_hpc.train import checkpoint
+
+    record = architecture.get("prot_bert")
+    shape = record.size("tiny").shape
+    module = build(shape)
+    module.initialise(3)
+    path = tmp_path_factory.mktemp("model") / "tiny"
+    checkpoint.write_model_checkpoint(path, record=record, shape=shape, weights=module.state_dict(), origin={})
+    return path
+
+
 @dataclass(frozen=True)
 class Prottrans:
     """Runs the real command line in a fresh process."""

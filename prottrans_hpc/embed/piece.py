@@ -39,8 +39,10 @@ def write_pieces(windows: Iterable[Window], census: Census, folder: Path, num_pi
     done = 0
     for window in windows:
         held.append(window)
-        done += sum(len(residues) for place, residues in enumerate(window.residues) if place not in window.problems)
-        if done * num_pieces >= census.num_residues * (len(pieces) + 1) and len(pieces) + 1 < num_pieces:
+        residues = sum(len(residues) for place, residues in enumerate(window.residues) if place not in window.problems)
+        done += residues
+        # A piece ends at the border nearest to its share, taking the next window to be like this one.
+        if (done + residues / 2) * num_pieces >= census.num_residues * (len(pieces) + 1) and len(pieces) + 1 < num_pieces:
             pieces.append(_write(held, folder / f"piece-{len(pieces):05d}"))
             held = []
     if held:

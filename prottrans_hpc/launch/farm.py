@@ -299,7 +299,7 @@ class _Round:
         code = self.jobs[first].codes[-1]
         others = f" (and {len(failed) - 1} more of {len(self.jobs)})" if len(failed) > 1 else ""
         raise FarmError(
-            f"{self.name}: job {first} {_cause(code)}{others}: {_last_words(self.files.log(first))}\n  see {self.files.log(first)}",
+            f"{self.name}: job {first} {_cause(code)}{others}: {_last_words(self.files.log(first))} (see {self.files.log(first)})",
             code=errors.NO_RESOURCES if code in (None, errors.DONE) else code or errors.NO_RESOURCES,
         )
 
