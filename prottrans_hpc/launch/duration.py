@@ -36,14 +36,14 @@ def estimate_minutes(
     if gpu is None:
         return None
     special = len(chosen.vocabulary.prefix) + len(chosen.vocabulary.suffix)
-    flops, begin = 0.0, 0
+    flops_a_rank, begin = 0.0, 0
     for batch, phase in zip(batches, recipe.phases, strict=True):
         end = begin + phase.steps
         num_steps = max(0, min(end, recipe.num_steps if last_step is None else last_step) - max(begin, first_step))
-        flops += num_steps * batch.num_sequences * chosen.flops(shape, [round(batch.mean_residues) + special])
+        flops_of_step = batch.num_sequences * chosen.flops(shape, [round(batch.mean_residues) + special])
+        flops_a_rank += num_steps * flops_of_step / (batch.num_ranks - batch.num_idle_ranks)
         begin = end
-    num_ranks = batches[0].num_ranks - max((batch.num_idle_ranks for batch in batches), default=0)
-    return flops / (num_ranks * gpu.peak_tflops[recipe.precision] * 1e12 * utilisation) / 60.0
+    return flops_a_rank / (gpu.peak_tflops[recipe.precision] * 1e12 * utilisation) / 60.0
 
 
 def count_jobs(work_min: float, *, walltime_min: int, warning_min: int) -> int:

@@ -2,7 +2,8 @@
 
 What is counted: fp32 weights, gradients and optimizer state; under bf16 the cast weights; the activations of the
 fullest micro batch as the architecture counts them; what LAMB needs beside its state in the moment of an update,
-when the activations are gone. A share of the memory is left to the runtime, workspaces and fragmentation.
+when the activations are gone; where ranks compute on the host, the copy of the state that a save writes from. A share
+of the memory is left to the runtime, workspaces and fragmentation.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ _UPDATE = {"lamb": 12, "adamw": 0}
 """Bytes a parameter that an update on a GPU needs for a moment: LAMB's scaled gradients, denominators and directions."""
 _CAST = {"fp32": 0, "bf16": 2}
 """Bytes a parameter of the copies that autocast keeps of the weights during a step."""
+_MOST_WRITERS = 64
+"""Ranks that write a checkpoint together, at most; tests hold it against the ranks' side."""
 _STEP_RESIDUES = 256
 
 
@@ -43,11 +46,13 @@ class MemoryNeed:
     """Of the fullest micro batch of any phase."""
     update: int
     """For a moment, when the activations are gone."""
+    checkpoint: int = 0
+    """The copy that a save is written from, where it lies in the same memory."""
 
     @property
     def fixed(self) -> int:
         """What no choice of micro batch changes."""
-        return self.parameters + self.gradients + self.optimizer
+        return self.parameters + self.gradients + self.optimizer + self.checkpoint
 
     @property
     def peak(self) -> int:
@@ -66,7 +71,7 @@ def memory_gib(machine: Machine, num_ranks: int) -> float | None:
 def memory_need(recipe: Recipe, chosen: Architecture, shape: Any, batches: list[PhaseBatch], *, on_gpu: bool) -> MemoryNeed:
     """What a rank needs for the fullest micro batch that is expected."""
     residues = [batch.fullest_micro_batch(recipe.phases[batch.phase].max_residues) for batch in batches]
-    return _need(recipe, chosen, shape, residues, on_gpu=on_gpu)
+    return _need(recipe, chosen, shape, residues, num_ranks=batches[0].num_ranks, on_gpu=on_gpu)
 
 
 def check_memory(recipe: Recipe, machine: Machine, chosen: Architecture, shape: Any, batches: list[PhaseBatch]) -> MemoryNeed | None:
@@ -82,7 +87,7 @@ def check_memory(recipe: Recipe, machine: Machine, chosen: Architecture, shape: 
 
     def needed_with(bin_residues: int) -> int:
         sizes = [min(bin_residues, batch.fullest_micro_batch(recipe.phases[batch.phase].max_residues)) for batch in batches]
-        return _need(recipe, chosen, shape, sizes, on_gpu=on_gpu).peak
+        return _need(recipe, chosen, shape, sizes, num_ranks=batches[0].num_ranks, on_gpu=on_gpu).peak
 
     place = f"{machine.node.gpu.name} of {machine.name} has" if machine.node.gpu else f"a rank on {machine.name} has"
     raise ConfigError(
@@ -99,13 +104,14 @@ def need_text(need: MemoryNeed) -> str:
         "optimizer": need.optimizer,
         "bf16 weights": need.cast_weights,
         "activations": need.activations,
+        "checkpoint": need.checkpoint,
     }
     said = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items() if size)
     update = f" (an update needs {need.update / GIB:.2f} in their place)" if need.update > need.activations + need.cast_weights else ""
     return f"a rank needs {need.peak / GIB:.1f} GiB: {said}{update}"
 
 
-def _need(recipe: Recipe, chosen: Architecture, shape: Any, residues: list[int], *, on_gpu: bool) -> MemoryNeed:
+def _need(recipe: Recipe, chosen: Architecture, shape: Any, residues: list[int], *, num_ranks: int, on_gpu: bool) -> MemoryNeed:
     count = chosen.num_parameters(shape)
     special = len(chosen.vocabulary.prefix) + len(chosen.vocabulary.suffix)
     activations = [
@@ -118,6 +124,7 @@ def _need(recipe: Recipe, chosen: Architecture, shape: Any, residues: list[int],
         cast_weights=_CAST[recipe.precision] * count,
         activations=max(activations),
         update=_UPDATE[recipe.optimizer.name] * count if on_gpu else 0,
+        checkpoint=0 if on_gpu else (_WEIGHT + _STATE[recipe.optimizer.name]) * count // min(num_ranks, _MOST_WRITERS),
     )
 
 

@@ -76,6 +76,8 @@ def remarks(recipe: Recipe, machine: Machine, allocation: Allocation) -> list[st
         lines.append(f"{allocation.num_ranks} ranks share steps of {smallest} sequences: some ranks have nothing to do")
     if machine.retired:
         lines.append(f"{machine.name} exists no more; its profile is kept to reproduce what ran there")
+    if recipe.parallel.comm == "horovod" and machine.starter == "srun":
+        lines.append("Horovod under srun needs a Slurm whose MpiDefault fits the MPI (pmix); where it does not, set starter = 'mpirun' in the machine profile")
     queue = machine.queue(allocation.queue) if allocation.queue else None
     if queue is not None and queue.preemptable:
         lines.append(f"jobs of the queue {queue.name} may be stopped and requeued after {queue.preemptable_after_min} minutes; the run resumes by itself")

@@ -23,7 +23,7 @@ def count_nodes(machine: Machine, demand: Demand) -> tuple[int, int | None]:
 
 def has_whole_racks(machine: Machine) -> bool:
     """Whether jobs of this machine can ask for whole racks."""
-    return machine.nodes_per_rack is not None and machine.rack_placement != "none"
+    return machine.rack_placement != "none" and largest_rack_count(machine) > 0
 
 
 def largest_rack_count(machine: Machine) -> int:
@@ -50,7 +50,7 @@ def _asked_nodes(machine: Machine, demand: Demand) -> int:
 
 
 def _nodes_of_racks(machine: Machine, num_racks: int) -> int:
-    if machine.nodes_per_rack is None:
+    if machine.nodes_per_rack is None or not largest_rack_count(machine):
         raise ConfigError(f"{machine.name} has no racks that a job could ask for: give --nodes N (1 to {machine.max_nodes})")
     if not 1 <= num_racks <= largest_rack_count(machine):
         raise ConfigError(f"a job on {machine.name} has 1 to {largest_rack_count(machine)} racks of {machine.nodes_per_rack} nodes; {num_racks} were asked for")

@@ -76,6 +76,16 @@ def test_a_kernel_on_the_cpu_updates_in_place() -> None:
     assert need_of(read_recipe("prot_bert"), on_gpu=False).update == 0
 
 
+def test_a_save_is_written_from_a_copy_in_host_memory() -> None:
+    from prottrans_hpc.train.saving import MAX_WRITERS
+
+    recipe, state = read_recipe("prot_bert"), 12 * 420_984_864
+    assert need_of(recipe, on_gpu=False).checkpoint == state
+    assert need_of(recipe, num_ranks=4, on_gpu=False).checkpoint == state // 4
+    assert need_of(recipe, num_ranks=1000, on_gpu=False).checkpoint == state // MAX_WRITERS
+    assert need_of(recipe, num_ranks=4, on_gpu=True).checkpoint == 0
+
+
 def test_more_ranks_need_less_until_a_sequence_fills_the_micro_batch() -> None:
     needs = [need_of(read_recipe("prot_bert_bfd"), num_ranks=ranks).activations for ranks in (96, 960, 5616, 50_000)]
     assert needs == sorted(needs, reverse=True)
@@ -123,7 +133,7 @@ def test_a_model_that_no_micro_batch_makes_fit() -> None:
 
 def test_host_memory_is_shared_by_the_ranks_of_a_computer() -> None:
     roomy, recipe = machine(host_memory_gib=64.0), read_recipe("prot_bert", ("loading.bin_residues=4096",))
-    planner.plan(recipe, roomy, Demand(num_nodes=4))
+    planner.plan(recipe, roomy, Demand(num_nodes=3))
     with pytest.raises(ConfigError, match=r"a rank on m has 8\.0 GiB"):
         planner.plan(recipe, roomy, Demand(num_nodes=8))
 

@@ -156,3 +156,10 @@ def test_what_a_site_may_do_is_said() -> None:
     recipe, summit = read_recipe("tiny_prot_bert"), read_machine("summit")
     said = planner.remarks(recipe, summit, planner.plan(recipe, summit, Demand(num_racks=1, queue="killable")))
     assert any("exists no more" in line for line in said) and any("killable may be stopped and requeued after 120 minutes" in line for line in said)
+
+
+def test_horovod_under_srun_depends_on_the_site() -> None:
+    recipe, cluster = read_recipe("tiny_prot_bert", ("parallel.comm=horovod",)), read_machine("slurm_cluster")
+    said = planner.remarks(recipe, cluster, planner.plan(recipe, cluster, Demand(num_nodes=2)))
+    assert any("MpiDefault" in line for line in said)
+    assert not any("MpiDefault" in line for line in planner.remarks(read_recipe("tiny_prot_bert"), cluster, planner.allocate(cluster, Demand())))

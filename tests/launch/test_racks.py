@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -75,6 +76,13 @@ def test_every_node_count_is_whole_racks_or_is_offered_some(num_nodes: int) -> N
         count_nodes(summit, Demand(num_nodes=num_nodes))
     offered = [int(word) for word in str(caught.value).partition("take ")[2].split() if word.isdigit()][1::2]
     assert offered and all(count_nodes(summit, Demand(num_nodes=size))[1] and abs(size - num_nodes) < 18 for size in offered)
+
+
+def test_jobs_smaller_than_a_rack_need_no_whole_racks() -> None:
+    small = dataclasses.replace(read_machine("summit"), max_nodes=10)
+    assert count_nodes(small, Demand(num_nodes=7)) == (7, None)
+    with pytest.raises(ConfigError, match=r"has no racks that a job could ask for: give --nodes N \(1 to 10\)"):
+        count_nodes(small, Demand(num_racks=1))
 
 
 def test_which_machines_have_whole_racks() -> None:
