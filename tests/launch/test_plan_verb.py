@@ -136,8 +136,16 @@ def test_a_machine_shows_its_limits(tell: Told) -> None:
     out = tell("machines", "show", "summit")[1]
     for text in ("256 racks of 18", "922 to  2,764 nodes: 24:00  (bin 2)", "killable (preemptable after 120 minutes)", "at most 954 nodes", "exists no more"):
         assert text in out
+    assert "one resource set a rank" in out and "10 minutes before its walltime" in out and "stays for the next job" in out
     assert "jobs cannot ask for whole racks" in tell("machines", "show", "frontier")[1]
     assert "regular (partition chosen by the site, qos regular)" in tell("machines", "show", "perlmutter")[1]
+
+
+def test_a_profile_shows_how_ranks_are_called(tell: Told, tmp_path: Path) -> None:
+    text = config.find_file("hpc", "slurm_cluster").read_text().replace("# python =", "python =").replace("# launcher_prefix", "launcher_prefix")
+    (tmp_path / "mine.toml").write_text(text)
+    out = tell("machines", "show", str(tmp_path / "mine.toml"))[1]
+    assert "python:   /shared/venv/bin/python\n" in out and "prefix:   apptainer exec --nv /shared/prottrans.sif\n" in out
 
 
 def test_a_profile_of_ones_own_is_shown_and_planned_with(tell: Told, tmp_path: Path) -> None:

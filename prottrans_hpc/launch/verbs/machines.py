@@ -84,8 +84,16 @@ def _describe(machine: Machine) -> list[str]:
     lines += [f"licence:  {licence.name} for parallel.comm = {licence.comm!r}: at most {licence.max_nodes} nodes" for licence in machine.licences]
     if machine.account_required:
         lines.append("account:  required (--account)")
+    if machine.queues:
+        lines.append(f"warning:  {machine.warning_min} minutes before its walltime a job saves and stops")
+    if machine.starter == "jsrun":
+        lines.append(f"jsrun:    one resource set a {machine.resource_set}")
     if machine.staging != "none":
-        lines.append(f"staging:  the corpus is copied to {machine.node.local_disk_path} of each node")
+        found = f"a copy that is there is believed by its {machine.staging_check}"
+        after = {"keep": "stays for the next job", "remove": "is removed at the end"}[machine.staging_cleanup]
+        lines.append(f"staging:  the corpus is copied to {machine.node.local_disk_path} of each node and {after}; {found}")
+    lines += [f"python:   {machine.python}"] if machine.python else []
+    lines += [f"prefix:   {' '.join(machine.launcher_prefix)}"] if machine.launcher_prefix else []
     lines += [f"header:   {line}" for line in machine.header_lines] + [f"set-up:   {line}" for line in machine.setup_lines]
     lines += [f"source:   {line}" for line in machine.sources]
     return [*lines, *(["retired:  the machine exists no more; the profile reproduces what ran there"] if machine.retired else [])]
