@@ -6,6 +6,7 @@ another code than 0 when the job must not start. It takes the lease of the run d
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -66,8 +67,12 @@ def _decide(run_dir: RunDir, start: Start, taken: Taken | None) -> str:
     vain = verdicts.why_not_begin(events, start, progress.step)
     if vain is not None:
         raise ResourceError(f"{vain}: look at the log, then submit again")
-    job_events.note(run_dir, start, "begun", nodes=list(start.nodes), hostname=start.host, step=progress.step)
+    job_events.note(run_dir, start, "begun", nodes=list(start.nodes), hostname=start.host, step=progress.step, log_bytes=_size(run_dir.job_log))
     return GO
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
 
 
 def _note_takeover(run_dir: RunDir, start: Start, taken: Taken, step: int) -> None:
@@ -108,7 +113,8 @@ def _give_up(run_dir: RunDir, start: Start, error: ProttransError | OSError) -> 
     """This start ends before it began; nothing cures what `error` says, unless it is an error of input and output."""
     code = errors.exit_code(error)
     reason = errors.explain(error)
-    _note_end(run_dir, start, code=code, cause=reason, step=None, in_vain=reason)
+    with contextlib.suppress(OSError):  # a full disk must not hide the error
+        _note_end(run_dir, start, code=code, cause=reason, step=None, in_vain=reason)
     lease.release(run_dir, start)
     chain.cancel_rest(run_dir, start, reason)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import datetime
 import json
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -33,28 +34,35 @@ def end(scheduler: str, run_dir: RunDir, code: int, environment: Mapping[str, st
     events = job_events.read_events(run_dir)
     start = identify(scheduler, environment, earlier_starts=lambda job_id: _num_begun(events, job_id) - 1)
     begun = next((event for event in reversed(events) if event["event"] == "begun" and event["job_id"] == start.job_id), None)
-    step = read_progress(run_dir).step
-    vain = verdicts.why_not_again(events, (*chain.read_chain(run_dir), start.job_id), code, step)
-    job_events.note(
-        run_dir,
-        start,
-        "ended",
-        code=code,
-        cause=_cause(run_dir, start, code, begun),
-        step=step,
-        num_nodes=len(start.nodes),
-        elapsed_s=_seconds_since(begun),
-        in_vain=vain,
-    )
-    lease.release(run_dir, start)
+    try:
+        vain = _note_end(run_dir, start, code, events, begun)
+    finally:  # also where the disk is full
+        lease.release(run_dir, start)
     if vain is not None:
         chain.cancel_rest(run_dir, start, vain)
-    elif code == errors.REQUEUE:
+    elif code == errors.REQUEUE and not _was_cancelled(events, start):
         _requeue_if_preempted(run_dir, start)
+
+
+def _note_end(run_dir: RunDir, start: Start, code: int, events: Sequence[Event], begun: Event | None) -> str | None:
+    """Note how the ranks ended; why the rest of the chain would be in vain, if it would."""
+    step = read_progress(run_dir).step
+    vain = verdicts.why_not_again(events, (*chain.read_chain(run_dir), start.job_id), code, step)
+    details = {"cause": _cause(run_dir, start, code, begun), "step": step, "num_nodes": len(start.nodes), "elapsed_s": _seconds_since(begun)}
+    try:
+        job_events.note(run_dir, start, "ended", code=code, **details, in_vain=vain)
+    except OSError as error:
+        terminal.warn(f"jobs.jsonl has no line about this end ({errors.explain(error)}): exit code {code}, {details['cause']}, step {step}")
+    return vain
 
 
 def _num_begun(events: Sequence[Event], job_id: str) -> int:
     return sum(event["event"] == "begun" and event["job_id"] == job_id for event in events)
+
+
+def _was_cancelled(events: Sequence[Event], start: Start) -> bool:
+    """Whether `prottrans runs cancel` has asked for this end."""
+    return any(event["event"] == "cancelled" and event["job_id"] == start.job_id for event in events)
 
 
 def _requeue_if_preempted(run_dir: RunDir, start: Start) -> None:
@@ -70,9 +78,27 @@ def _requeue_if_preempted(run_dir: RunDir, start: Start) -> None:
 def _cause(run_dir: RunDir, start: Start, code: int, begun: Event | None) -> str:
     """In words: what the ranks noted themselves, or what the code means; and which nodes are down."""
     told = _last_stop(run_dir, begun)
-    text = told or verdicts.describe_code(code)
-    lost = [] if code == errors.DONE or (told and "Error" not in told) else _lost_nodes(start)
-    return f"{text}; {'node' if len(lost) == 1 else 'nodes'} {', '.join(lost)} lost" if lost else text
+    parts = [told or verdicts.describe_code(code)]
+    if code != errors.DONE and (told is None or "Error" in told):
+        parts += [*_first_fault(run_dir, begun), *(f"node {node} is down" for node in _lost_nodes(start))]
+    return "; ".join(parts)
+
+
+_FAULT = re.compile(rb"^srun: error: ([\w.-]+: tasks? [\d,-]+: .*|Node failure on .*)$", re.MULTILINE)
+"""How srun tells which rank ended badly, and on which node."""
+_ORDERLY = f"Exited with exit code {errors.REQUEUE}".encode()
+_LONGEST_LOG = 1 << 20
+
+
+def _first_fault(run_dir: RunDir, begun: Event | None) -> list[str]:
+    """What the starter said first about a rank that failed in this start; the others fail because of it."""
+    try:
+        with run_dir.job_log.open("rb") as log:
+            log.seek(int(begun["log_bytes"]) if begun else 0)
+            faults = [fault for fault in _FAULT.findall(log.read(_LONGEST_LOG)) if not fault.endswith(_ORDERLY)]
+    except (OSError, ValueError, KeyError):
+        return []
+    return [terminal.printable(faults[0])] if faults else []
 
 
 def _last_stop(run_dir: RunDir, begun: Event | None) -> str | None:

@@ -10,10 +10,10 @@ import re
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 
 from ..errors import ConfigError
+from . import hostlist
 from .schedulers import SCHEDULERS
 
 Environment = Mapping[str, str]
@@ -70,27 +70,8 @@ def identify(scheduler: str, environment: Environment, *, earlier_starts: Callab
     return Start(scheduler, cluster, job_id, restart, socket.gethostname(), os.getppid(), tuple(vitals.nodes(environment)))
 
 
-def expand_hostlist(text: str) -> list[str]:
-    """Slurm's "n[1-3,07],login" as names."""
-    return [name for part in re.findall(r"(?:[^,\[]|\[[^\]]*\])+", text) for name in _expand(part)]
-
-
-def _expand(part: str) -> list[str]:
-    pieces = re.split(r"\[([^\]]*)\]", part)
-    choices = [_numbers(piece) if index % 2 else [piece] for index, piece in enumerate(pieces)]
-    return ["".join(chosen) for chosen in product(*choices)]
-
-
-def _numbers(ranges: str) -> list[str]:
-    found = []
-    for item in ranges.split(","):
-        first, _, last = item.partition("-")
-        found += [str(number).zfill(len(first)) for number in range(int(first), int(last or first) + 1)]
-    return found
-
-
 def _slurm_nodes(environment: Environment) -> list[str]:
-    return expand_hostlist(environment.get("SLURM_JOB_NODELIST", ""))
+    return hostlist.expand(environment.get("SLURM_JOB_NODELIST", ""))
 
 
 def _slurm_requeue(job_id: str) -> list[str]:

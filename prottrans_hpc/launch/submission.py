@@ -29,6 +29,7 @@ _KEPT = ("SLURM_CONF",)
 """Where a site's commands find their configuration; not about any job."""
 _STATED = re.compile(
     r"HOME|USER|LOGNAME|SHELL|PATH|LANG|LC_\w+|TZ|SLURM_CONF"
+    r"|LSF_(ENV|BIN|LIB|SERVER)DIR|XLSF_UIDDIR"
     r"|BASH_ENV|BASH_FUNC_.*|MODULESHOME|MODULEPATH|MODULEPATH_ROOT|MODULES_CMD|LMOD_\w+"  # so that `module load` works; not what is loaded
 )
 """All that a job may have from the shell that submits it, where a scheduler would hand on everything."""
@@ -45,7 +46,7 @@ def submit(scheduler: str, run_dir: RunDir, *, after: str | None = None, keep_op
     """
     speech = SCHEDULERS[scheduler]
     try:
-        said = _call(speech.submit_argv(run_dir, after), "submit the job", speech, keep_open=keep_open, submits=True)
+        said = _call(speech.submit_argv(run_dir, after), "submit the job", speech, timeout_s=TIMEOUT_S, keep_open=keep_open, submits=True)
     except _NoAnswerError as error:
         raise MaybeSubmittedError(f"{error}. The job may be in the queue: look for {run_dir.path.name} there before you try again") from error.__cause__
     return speech.parse_job_id(said)
@@ -101,7 +102,7 @@ def requeue(scheduler: str, job_id: str, *, timeout_s: float) -> None:
 
 def ask(scheduler: str, argv: Sequence[str], purpose: str) -> str:
     """Standard output of a scheduler's command that only tells. Raises SubmitError with what it said when it failed."""
-    return _call(argv, purpose, SCHEDULERS[scheduler])
+    return _call(argv, purpose, SCHEDULERS[scheduler], timeout_s=TIMEOUT_S)
 
 
 def stated(environment: Mapping[str, str]) -> dict[str, str]:
@@ -123,8 +124,8 @@ def _call(
     purpose: str,
     speech: Scheduler,
     *,
+    timeout_s: float,
     keep_open: Sequence[int] = (),
-    timeout_s: float = TIMEOUT_S,
     excused: str | None = None,
     submits: bool = False,
 ) -> str:

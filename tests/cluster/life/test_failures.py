@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 Outcome = dict[str, Any]
 Same = Callable[[Outcome, Outcome], None]
 
-RANKS = "for p in /proc/[0-9]*; do if tr '\\0' ' ' <$p/cmdline 2>/dev/null | grep -q -- '-m prottrans_hpc [p]retrain'; then echo ${p#/proc/}; fi; done"
+RANKS = """for p in /proc/[0-9]*; do
+  if tr '\\0' ' ' <$p/cmdline 2>/dev/null | grep -q '^[^ ]*python[^ ]* -P -m prottrans_hpc pretrain'; then echo ${p#/proc/}; fi
+done"""
 
 
 def ranks_on(cluster: Cluster, node: str) -> list[str]:
@@ -69,9 +71,11 @@ def test_a_cut_link_ends_the_ranks_on_both_sides(cluster: Cluster, training: Mak
     # Nobody tells either side anything: each finds out by the time limit of a collective.
     cluster.wait(lambda: not ranks_on(cluster, victim) and not ranks_on(cluster, first), "the ranks to end")
     assert time.monotonic() - began < 8 + 20, "\n".join(path.read_text() for path in (run.folder / "logs").iterdir())
-    cluster.wait(lambda: run.events("ended"), "the end of the job")
-    assert f"on {victim}" in run.log, run.story()
-    cluster.run("scancel", *run.job_ids)
+    assert f"lost rank 1 on {victim}" in run.log, run.story()
+    # Slurm has yet to notice; when it does it ends the script, perhaps before that can say a word, and starts the job elsewhere.
+    run.wait_event("begun", 2)
+    notes = [str(event["cause"]) for event in run.events("ended", "taken_over")]
+    assert any(victim in note for note in notes), run.story()
 
 
 def test_a_full_disk_is_named_and_the_last_checkpoint_stays(cluster: Cluster, training: MakeTraining) -> None:
