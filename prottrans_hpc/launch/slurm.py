@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from ..errors import SubmitError
 from ..run_dir import RunDir
+from . import hostlist
 from .job import Job
 from .job_state import State
 
@@ -80,7 +81,7 @@ def _rack_options(job: Job) -> list[tuple[str, str | None]]:
         "switches": [("switches", str(racks))],
         # Slurm 23.11 and later, with topology/block.
         "segment": [("segment", str(per_rack))],
-        "node_list": [("nodelist", ",".join(job.allocation.node_names))] if job.allocation.node_names else [],
+        "node_list": [("nodelist", hostlist.compress(job.allocation.node_names))] if job.allocation.node_names else [],
     }
     return options.get(job.machine.rack_placement, [])
 
@@ -93,7 +94,7 @@ def walltime(minutes: int) -> str:
 
 def _quoted(text: str) -> str:
     """A value of an #SBATCH line; Slurm knows double quotes and backslashes there."""
-    return text if re.fullmatch(r"[A-Za-z0-9._:@/,=+%-]+", text) else '"' + re.sub(r'(["\\])', r"\\\1", text) + '"'
+    return text if re.fullmatch(r"[A-Za-z0-9._:@/,=+%\[\]-]+", text) else '"' + re.sub(r'(["\\])', r"\\\1", text) + '"'
 
 
 def submit_argv(run_dir: RunDir, after: str | None) -> list[str]:

@@ -81,6 +81,8 @@ def tethered(job: Job, argv: list[str]) -> list[str]:
 _SAME = {"TERM": "TERM", "INT": "TERM", "USR1": "USR1", "USR2": "USR2"}
 """A shell starts background processes with SIGINT ignored; TERM asks for the same and cannot be missed."""
 
+_EXPORT_CODE_FILE = f'export PROTTRANS_EXIT_CODE_FILE="$run_dir/{CODE_FILE_PREFIX}$PROTTRANS_NONCE"'
+
 STARTERS: dict[str, Starter] = {
     "processes": Starter(_processes, _SAME, is_ours=True),
     # mpirun passes on USR1 and USR2; TERM and INT would end the ranks before they have saved.
@@ -97,14 +99,20 @@ STARTERS: dict[str, Starter] = {
     # torchrun passes on TERM and dies of USR1 and USR2.
     "torchrun": Starter(_torchrun, {"TERM": "TERM", "INT": "TERM", "USR1": "TERM", "USR2": "TERM"}, hides_codes=True),
     "none": Starter(_none, _SAME),
-    # srun hands USR1 and USR2 on; at TERM it kills the ranks with SIGKILL, at INT it tells what they do.
-    "srun": Starter(_srun, {"TERM": "USR1", "INT": "USR1", "USR1": "USR1", "USR2": "USR2"}),
+    # srun hands USR1 and USR2 on; at TERM it kills the ranks with SIGKILL, at INT it tells what they do. It ends with the highest code of all:
+    # 143 of a rank that was ended because another had failed with 65, which no retry cures.
+    "srun": Starter(
+        _srun,
+        {"TERM": "USR1", "INT": "USR1", "USR1": "USR1", "USR2": "USR2"},
+        setup=("# srun ends with the highest code of all ranks: the first that fails writes its own here.", _EXPORT_CODE_FILE),
+        hides_codes=True,
+    ),
     "jsrun": Starter(
         _jsrun,
         {"TERM": "TERM", "INT": "INT", "USR1": "USR1", "USR2": "USR2"},
         setup=(
             "# Whether jsrun ends with the exit code of a rank is not documented: the first that fails writes its own here.",
-            f'export PROTTRANS_EXIT_CODE_FILE="$run_dir/{CODE_FILE_PREFIX}$PROTTRANS_NONCE"',
+            _EXPORT_CODE_FILE,
         ),
         hides_codes=True,
         asks_by_file=True,

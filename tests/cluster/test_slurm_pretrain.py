@@ -76,3 +76,34 @@ def test_two_nodes_train_with_horovod_under_mpirun(training: Training, cluster: 
     assert cluster.wait_ended(job_id) == State.DONE, training.story()
     assert (training.code, training.steps, training.checkpoints) == (0, [1, 2], ["step-00000002"])
     assert "4 ranks over horovod" in training.story()
+
+
+def test_the_walltime_warning_becomes_a_checkpoint(training: Training, cluster: Cluster) -> None:
+    job_id = training.submit(*ENDLESS)
+    training.wait_training()
+    # From here on the job is inside the minute (warning_min) before its end; Slurm looks every 30 s.
+    cluster.run("scontrol", "update", f"jobid={job_id}", "timelimit=1")
+    assert cluster.wait_ended(job_id) == State.FAILED, training.story()
+    assert training.code == 75, training.story()
+    assert training.checkpoints == [f"step-{training.steps[-1]:08d}"]
+    assert "SIGUSR1" in (training.run_dir / "history.jsonl").read_text()
+
+
+@pytest.mark.parametrize("starter", ["srun", "mpirun"])
+def test_cancelling_lets_the_ranks_save(training: Training, cluster: Cluster, starter: str) -> None:
+    job_id = training.submit(*ENDLESS, starter=starter)
+    waiting = cluster.submit("#!/bin/bash\ntrue\n", f"--dependency=afterany:{job_id}")
+    training.wait_training()
+    program = "import sys; from prottrans_hpc.launch import submission; [submission.cancel('slurm', job_id) for job_id in sys.argv[1:]]"
+    cluster.python("-c", program, waiting, job_id)
+    assert cluster.wait_ended(job_id) == State.FAILED, training.story()
+    assert (training.code, training.checkpoints) == (75, [f"step-{training.steps[-1]:08d}"]), training.story()
+    assert cluster.states([job_id, waiting]) == {job_id: State.FAILED, waiting: State.CANCELLED}
+
+
+def test_a_plain_scancel_leaves_time_to_save_as_well(training: Training, cluster: Cluster) -> None:
+    job_id = training.submit(*ENDLESS)
+    training.wait_training()
+    cluster.run("scancel", job_id)
+    assert cluster.wait_ended(job_id) == State.CANCELLED, training.story()
+    assert training.checkpoints == [f"step-{training.steps[-1]:08d}"], training.story()

@@ -105,7 +105,7 @@ def _plan(choices: _Choices) -> Plan:
     from ...machine import read_machine
     from ...recipe import read_recipe
     from ...run_dir import RunDir
-    from .. import checks, gang, planner, prospect
+    from .. import checks, gang, placement, planner, prospect
 
     recipe, machine = read_recipe(choices.recipe, choices.settings), read_machine(choices.machine)
     chosen, model_size = checks.check_model(recipe)
@@ -125,7 +125,8 @@ def _plan(choices: _Choices) -> Plan:
     for remark in (*checks.remarks(recipe, facts), *planner.remarks(recipe, machine, seen.allocation)):
         terminal.note(f"note: {remark}")
     flags = RANK_FLAGS[terminal.verbosity()]
-    return gang.Plan(recipe, name, facts, machine, seen.allocation, choices.steps, run_dir, flags, choices.account, _num_jobs(choices, seen))
+    allocation = placement.name_nodes(machine, seen.allocation, required=not choices.dry_run)
+    return gang.Plan(recipe, name, facts, machine, allocation, choices.steps, run_dir, flags, choices.account, _num_jobs(choices, seen))
 
 
 def _num_jobs(choices: _Choices, seen: Prospect) -> int:
