@@ -62,5 +62,6 @@ SCHEDULERS: dict[str, Scheduler] = {
         lsf.cancel_argv,
         job_id_variable="LSB_JOBID",
         inherited_prefixes=("LSB_", "LS_JOBPID", "JSM_", "PMIX_", "PMI_", "OMPI_"),
+        hands_on_environment=True,
     ),
 }

@@ -91,7 +91,7 @@ def lsf(tmp_path: Path) -> Iterator[Lsf]:
     state.mkdir()
     for name in COMMANDS:
         program = commands / name
-        program.write_text(f'#!/bin/bash\nexec {sys.executable} {HERE / name}.py "$@"\n')
+        program.write_text(f'#!/bin/bash\nFAKE_LSF={state} exec {sys.executable} {HERE / name}.py "$@"\n')
         program.chmod(0o755)
     path = os.pathsep.join((str(commands), os.environ["PATH"]))
     lsf = Lsf(state, os.environ | {"FAKE_LSF": str(state), "PATH": path})

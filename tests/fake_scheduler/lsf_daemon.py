@@ -169,6 +169,7 @@ class Daemon:
         slots = [cluster["launch_host"], *(host for host in hosts for _ in range(cluster["cores"]))]
         (folder / "hosts").write_text("".join(f"{host}\n" for host in slots))
         variables = {
+            "FAKE_LSF": str(self.state.folder),
             "LSB_JOBID": str(job["number"]),
             "LSB_JOBINDEX": str(job["index"]),
             "LSB_JOBNAME": job["name"],

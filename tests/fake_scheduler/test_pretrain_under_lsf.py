@@ -22,6 +22,7 @@ from prottrans_hpc.launch.schedulers import SCHEDULERS
 if TYPE_CHECKING:
     from .conftest import Lsf
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 MACHINE = """
 name = "small_lsf"
 description = "four nodes of two cores"
@@ -32,6 +33,7 @@ max_nodes = 4
 account_required = true
 warning_min = 10
 header_lines = ['#BSUB -alloc_flags "smt4 nvme"']
+setup_lines = ["export PYTHONPATH='REPOSITORY'"]
 
 [node]
 num_cpu_cores = 2
@@ -71,7 +73,7 @@ class Pretraining:
         """Submit with the real command; the job ids."""
         recipe = ["pretrain", "tiny_prot_bert", *SMALL, "--set", f"phases.0.steps={max(steps, 20)}", "--steps", str(steps), "--corpus", str(self.corpus)]
         where = ["--run-dir", str(self.run_dir), "--machine", str(self.machine), "--nodes", "2", "--account", "BIO123"]
-        self.prottrans(*recipe, *where, *arguments, env=self.lsf.environment)
+        self.prottrans(*recipe, *where, *arguments, env={**self.lsf.environment, "LD_PRELOAD_ME": "of this shell", "LSB_JOBID": "7", "JSM_NAMESPACE_RANK": "5"})
         return list(read_json(self.run_dir / "job.json")["job_ids"])
 
     def lines(self, name: str) -> list[dict[str, Any]]:
@@ -124,7 +126,7 @@ class Pretraining:
 @pytest.fixture
 def pretraining(lsf: Lsf, prottrans: Callable[..., Any], small_corpus: Path, tmp_path: Path) -> Pretraining:
     machine = tmp_path / "small_lsf.toml"
-    machine.write_text(MACHINE)
+    machine.write_text(MACHINE.replace("REPOSITORY", str(REPOSITORY)))
     # Minutes are real ones, and a test puts the clock forward when the training has got where it wants it.
     lsf.configure(racks=1, nodes_per_rack=4, cores=2, gpus=0, minute_s=60.0, terminate_interval_s=20.0)
     lsf.start()
@@ -142,6 +144,7 @@ def test_a_job_trains_to_the_end(pretraining: Pretraining, resource_set: str) ->
     assert sorted(path.name for path in (pretraining.run_dir / "logs").iterdir()) == ["job.log", f"lsf-{job}.log", "node-0000.log", "node-0001.log"]
     assert "4 ranks over torch" in (pretraining.run_dir / "logs" / "node-0000.log").read_text()
     assert (done["project"], done["queue"], done["walltime_min"], done["alloc_flags"], done["rerunnable"]) == ("BIO123", "batch", 120, "smt4 nvme", True)
+    assert not {"LD_PRELOAD_ME", "LSB_JOBID", "JSM_NAMESPACE_RANK", "PYTHONPATH"} & done["environment"].keys(), "stated, not inherited"
     assert (done["warning"], done["out"]) == (["USR1", 10], str(pretraining.run_dir / "logs" / "lsf-%J.log"))
 
 
