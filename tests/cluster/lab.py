@@ -99,7 +99,9 @@ PartitionName=batch Default=YES PriorityTier=10
 PartitionName=killable PriorityTier=1 GraceTime=8
 PartitionName=killable_at_once PriorityTier=1 GraceTime=0
 """
-CLOUD = "ResumeProgram=/bin/true\nSuspendProgram=/bin/true\nSuspendTime=600\nResumeTimeout=600\nSuspendRate=0\nResumeRate=0\nPrivateData=cloud"
+CLOUD = (
+    "ResumeProgram=/bin/true\nSuspendProgram=/bin/true\nSuspendTime=600\nSuspendTimeout=1\nResumeTimeout=600\nSuspendRate=0\nResumeRate=0\nPrivateData=cloud"
+)
 """Nodes behind which nothing runs are schedulable all the same; sinfo shows them with PrivateData=cloud only."""
 
 
