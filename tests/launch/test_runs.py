@@ -308,3 +308,20 @@ def test_a_run_directory_alone_is_enough(runs_folder: Any, tmp_path: Path) -> No
     directory = runs_folder.make("run")
     assert RunDir(directory.path).run_json.exists()
     assert cli.main(["runs", "show", str(directory.path), "--runs", str(tmp_path / "nowhere")]) == 0
+
+
+@pytest.mark.parametrize("cancelled", [False, True])
+def test_a_job_that_a_person_cancelled_is_not_requeued(cancelled: bool, runs_folder: Any, fake_slurm: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    from prottrans_hpc.launch import end
+
+    directory = runs_folder.make("run", machine="slurm_cluster", job_ids=("1",))
+    fake_slurm.says(j1="RUNNING")
+    scontrol = fake_slurm.folder / "scontrol"
+    scontrol.write_text(f'#!/bin/sh\necho "scontrol $*" >> "{fake_slurm.folder}/calls"\necho "JobId=1 PreemptTime=2026-01-01T00:00:00 Requeue=1"\n')
+    scontrol.chmod(0o755)
+    runs_folder.happened(directory, {"time": "2026-01-01T10:00:00.000Z", "event": "begun", "job_id": "1", "restart": 0, "nodes": ["n1"], "step": 0})
+    if cancelled:
+        assert cli.main(["runs", "cancel", "run"]) == 0
+    end.end("slurm", directory, errors.REQUEUE, {"SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "n1"})
+    assert any(call.startswith("scontrol requeue 1") for call in fake_slurm.calls) is not cancelled
+    assert job_events.read_events(directory)[-1]["event"] == ("ended" if cancelled else "requeued")
