@@ -219,11 +219,15 @@ def _slurm_options(lines: Sequence[str]) -> dict[str, str | bool]:
     """The profile's #SBATCH lines as submitit takes them. Raises ConfigError for one that it cannot."""
     found: dict[str, str | bool] = {}
     for line in lines:
-        match = re.fullmatch(r"#SBATCH\s+--([a-z][a-z-]*)(?:[= ](.+))?", line.strip())
-        if match is None:
-            raise ConfigError(f"header_lines: a farm takes lines of the form '#SBATCH --option=value' only, not {line!r}")
-        found[match[1]] = match[2].strip("\"'") if match[2] is not None else True
+        match = re.fullmatch(r"#SBATCH\s+(?:--(?P<long>[a-z][a-z-]*)|-(?P<short>[A-Za-z]))(?:[= ]\s*(?P<value>\S.*))?", line.strip())
+        name = match and (match["long"] or _SHORT_OPTIONS.get(match["short"]))
+        if not match or not name or name in found:
+            raise ConfigError(f"header_lines: a farm takes lines of the form '#SBATCH --option=value' only, an option once, not {line!r}")
+        found[name] = match["value"].strip("\"'") if match["value"] is not None else True
     return found
+
+
+_SHORT_OPTIONS = {"A": "account", "C": "constraint", "G": "gpus", "L": "licenses", "M": "clusters", "S": "core-spec", "p": "partition", "q": "qos"}
 
 
 def _lsf(shape: JobShape) -> PicklingExecutor:

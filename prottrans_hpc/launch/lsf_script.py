@@ -98,7 +98,7 @@ def _by_signal(words: str, warning_signal: str) -> list[str]:
 def _by_file(words: str, folder: str, warning_signal: str) -> list[str]:
     return [
         "# What jsrun does with a signal is not known, and compute nodes have no brequeue: warning and requeue go by files.",
-        'job=$LSB_JOBID; if [ "${LSB_JOBINDEX:-0}" != 0 ]; then job="$LSB_JOBID[$LSB_JOBINDEX]"; fi',
+        'job=$LSB_JOBID; if [ "${LSB_JOBINDEX:-0}" != 0 ]; then job="${LSB_JOBID}[$LSB_JOBINDEX]"; fi',
         f'export {WARNING_FILE}={shlex.quote(folder)}/".warned-$job"',
         f'rm -f "${WARNING_FILE}" "${WARNING_FILE}{REQUEUE_SUFFIX}"',
         f"""trap 'touch "${WARNING_FILE}"' {warning_signal}""",

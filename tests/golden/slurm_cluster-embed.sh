@@ -1,0 +1,24 @@
+#!/bin/bash
+
+# Parameters
+#SBATCH --array=0-15%4
+#SBATCH --cpus-per-task=64
+#SBATCH --exclusive
+#SBATCH --gpus-per-node=8
+#SBATCH --job-name=embed-bfd
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --open-mode=append
+#SBATCH --output=/data/bfd.h5.farm/embed/submitit/%A_%a_0_log.out
+#SBATCH --partition=gpu
+#SBATCH --requeue
+#SBATCH --signal=USR2@600
+#SBATCH --time=1440
+
+# setup
+export PATH=/venv/bin:"$PATH"
+export SRUN_CPUS_PER_TASK=64
+
+# command
+export SUBMITIT_EXECUTOR=slurm
+srun --unbuffered --output /data/bfd.h5.farm/embed/submitit/%A_%a_%t_log.out /venv/bin/python -P -u -m submitit.core._submit /data/bfd.h5.farm/embed/submitit
