@@ -51,7 +51,8 @@ def choose(racks: Mapping[str, Sequence[str]], states: Mapping[str, str], *, num
     for nodes in racks.values():
         usable = [node for node in nodes if not _is_unusable(states.get(node, "unknown"))]
         if len(usable) >= nodes_per_rack:
-            chosen = sorted(usable, key=lambda node: states[node] != "idle")[:nodes_per_rack]
+            taken = sorted(usable, key=lambda node: states[node] != "idle")[:nodes_per_rack]
+            chosen = [node for node in usable if node in taken]
             whole.append((sum(states[node] != "idle" for node in chosen), chosen))
     if len(whole) < num_racks:
         raise SubmitError(
