@@ -13,6 +13,7 @@ import hashlib
 import ipaddress
 import os
 import socket
+import threading
 import time
 from collections.abc import Mapping
 from datetime import timedelta
@@ -136,6 +137,39 @@ def _check_membership(store: Store, context: RankContext, nonce: str) -> None:
         )
     if store.add(f"prottrans/{_short(nonce)}/rank/{context.rank}", 1) != 1:
         raise ConfigError(f"two processes of this start say that they are rank {context.rank} of {context.world_size}")
+
+
+ROLL_CALL_S = 3.0
+"""So long are the others given to say that they are still there after one was lost."""
+
+
+def missing_ranks(store: Store, rank: int, world_size: int) -> list[int]:
+    """Who does not answer: each rank that notices a loss says so in the store, and rank 0, which keeps it, counts.
+
+    The others only look whether rank 0 is still there. Takes some seconds, and never hangs on a store that is gone.
+    """
+    found: list[int] = []
+    caller = threading.Thread(target=_call_the_roll, args=(store, rank, world_size, found), name="roll-call", daemon=True)
+    caller.start()
+    caller.join(2 * ROLL_CALL_S)
+    return [0] if caller.is_alive() and rank else sorted(found)
+
+
+def _call_the_roll(store: Store, rank: int, world_size: int, found: list[int]) -> None:
+    keys = [f"prottrans/survived/{other}" for other in range(world_size)]
+    try:
+        store.set_timeout(timedelta(seconds=ROLL_CALL_S))
+        store.set(keys[rank], "1")
+        if rank:
+            store.check(["prottrans/start"])  # an answer from rank 0's host is all that is asked for
+            return
+        deadline, missing = time.monotonic() + ROLL_CALL_S, list(range(1, world_size))
+        while missing and time.monotonic() < deadline:
+            time.sleep(0.1)
+            missing = [other for other in missing if not store.check([keys[other]])]
+        found.extend(missing)
+    except (RuntimeError, OSError):
+        found.extend([0] if rank else [])
 
 
 def _short(nonce: str) -> str:

@@ -6,6 +6,7 @@ Annotations are real objects in this module, not strings: DDP inspects those of 
 import contextlib
 import inspect
 import os
+import re
 import socket
 import time
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed import GradBucket  # type: ignore[attr-defined] # torch does not declare what it exports
+from torch.distributed import GradBucket, Store  # type: ignore[attr-defined] # torch does not declare what it exports
 from torch.nn.parallel import DistributedDataParallel
 
 from . import comm_rendezvous
@@ -34,7 +35,7 @@ def open_torch(parallel: Parallel, context: RankContext, *, run_dir: Path | None
         _use_loopback()
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    comm = TorchComm(context, device, parallel.timeout_s)
+    comm = TorchComm(context, device, parallel.timeout_s, store)
     with comm.watching("the first meeting"):
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
@@ -44,7 +45,7 @@ def open_torch(parallel: Parallel, context: RankContext, *, run_dir: Path | None
             timeout=timedelta(seconds=parallel.timeout_s),
             device_id=device if device.type == "cuda" else None,
         )
-        comm.barrier()
+        comm.hosts = [str(host) for host in comm.all_gather_object(context.hostname)]
     return comm
 
 
@@ -55,6 +56,10 @@ def _use_loopback() -> None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", names[0])
 
 
+_GLOO_NOISE = re.compile(r"^\[[^]]*\.(?:cc|cpp|h):\d+\] |\. This (?:may|is|could) .*$")
+"""A line of its source before what gloo says, and advice that leads nowhere after it."""
+_MAX_NAMED = 8
+"""Lost ranks that a message names."""
 _LETTING_GO_S = 5.0
 """Longest wait at the end for gloo's threads, which need some microseconds unless the machine is overloaded."""
 
@@ -64,11 +69,14 @@ class TorchComm:
 
     name = "torch"
 
-    def __init__(self, context: RankContext, device: torch.device, timeout_s: int) -> None:
+    def __init__(self, context: RankContext, device: torch.device, timeout_s: int, store: Store | None = None) -> None:
         self.rank = context.rank
         self.world_size = context.world_size
         self.device = device
         self.timeout_s = timeout_s
+        self.hosts: list[str] = []
+        """Where each rank runs, once they have met."""
+        self._store = store
         self._held: list[Tensor] = []
 
     def hold(self, *tensors: Tensor) -> None:
@@ -138,11 +146,19 @@ class TorchComm:
         except (RuntimeError, OSError) as error:
             if not is_lost_peer(error):
                 raise
-            reason = str(error).strip().splitlines()[0]
+            reason = _GLOO_NOISE.sub("", str(error).strip().splitlines()[0])
             raise RankLostError(
-                f"rank {self.rank} of {self.world_size} lost another rank during {what} (time-out {self.timeout_s} s): {reason}. "
+                f"rank {self.rank} of {self.world_size} lost {self._whom()} during {what} (time-out {self.timeout_s} s): {reason}. "
                 "The last checkpoint is good: run the same command again"
             ) from error
+
+    def _whom(self) -> str:
+        """The ranks that are gone, with their hosts, as far as can be found out."""
+        missing = comm_rendezvous.missing_ranks(self._store, self.rank, self.world_size) if self._store is not None and self.hosts else []
+        if not missing:
+            return "another rank"
+        named = [f"rank {rank} on {self.hosts[rank]}" for rank in missing[:_MAX_NAMED]]
+        return ", ".join(named) + (f" and {len(missing) - _MAX_NAMED} more" if len(missing) > _MAX_NAMED else "")
 
 
 _LOST = (

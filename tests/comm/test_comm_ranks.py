@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import socket
 
 import pytest
 import torch
@@ -85,6 +86,7 @@ def test_sigkill_of_a_rank_is_an_error_of_the_other_and_not_a_hang(run_processes
     assert ended.codes == [75, -signal.SIGKILL], ended.stderr
     assert ended.reports[0]["error"] == "RankLostError"
     assert "The last checkpoint is good" in ended.reports[0]["message"]
+    assert f"lost rank 1 on {socket.gethostname()} during" in ended.reports[0]["message"]
 
 
 @pytest.mark.parametrize("scenario", ["stopped-in-sum", "stopped-in-training"])
@@ -93,6 +95,7 @@ def test_a_rank_that_hangs_is_an_error_of_the_other_after_the_time_out(run_proce
     assert ended.codes[0] == 75, ended.stderr
     assert ended.reports[0]["error"] == "RankLostError"
     assert "time-out 3 s" in ended.reports[0]["message"]
+    assert f"lost rank 1 on {socket.gethostname()} during" in ended.reports[0]["message"]
 
 
 @pytest.mark.horovod
