@@ -130,7 +130,7 @@ def pretraining(lsf: Lsf, prottrans: Callable[..., Any], small_corpus: Path, tmp
     # Minutes are real ones, and a test puts the clock forward when the training has got where it wants it.
     lsf.configure(racks=1, nodes_per_rack=4, cores=2, gpus=0, minute_s=60.0, terminate_interval_s=20.0)
     lsf.start()
-    return Pretraining(lsf, prottrans, small_corpus, tmp_path / "run", machine)
+    return Pretraining(lsf, prottrans, small_corpus, tmp_path / "two words [1-4]" / "run", machine)
 
 
 @pytest.mark.parametrize("resource_set", ["rank", "node"])
@@ -221,7 +221,7 @@ def cancel(lsf: Lsf, job_id: str) -> None:
 
 def test_a_failure_that_nothing_cures_ends_the_chain(pretraining: Pretraining) -> None:
     """One rank's exit code, 65 for a damaged corpus, comes through a jsrun that says 1, and the jobs behind are cancelled."""
-    corpus = pretraining.run_dir.parent / "damaged"
+    corpus = pretraining.machine.parent / "damaged"
     corpus.mkdir()
     for path in pretraining.corpus.iterdir():
         (corpus / path.name).write_bytes(path.read_bytes())

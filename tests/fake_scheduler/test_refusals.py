@@ -109,6 +109,13 @@ def test_the_reviewed_scripts_are_taken(lsf: Lsf, name: str, place: tuple[int, i
     assert (job["nodes"], job["racks"], job["walltime_min"]) == place
 
 
+def test_every_reviewed_script_for_summit_is_taken(lsf: Lsf) -> None:
+    scripts = sorted((Path(__file__).resolve().parents[1] / "golden").glob("summit-*.sh"))
+    assert len(scripts) >= 3
+    for script in scripts:
+        lsf.submit(script.read_text())
+
+
 def test_job_ids_go_on_when_lsf_starts_again(lsf: Lsf) -> None:
     lsf.start()
     first = lsf.submit(script(W="10"))

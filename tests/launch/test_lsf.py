@@ -59,7 +59,7 @@ def test_scripts_are_as_they_were_reviewed(name: str) -> None:
 def test_reviewed_scripts_are_good_shell(path: Path) -> None:
     subprocess.run(["bash", "-n", str(path)], check=True)
     if shutil.which("shellcheck"):
-        done = subprocess.run(["shellcheck", str(path)], stdout=subprocess.PIPE, text=True, check=False)
+        done = subprocess.run(["shellcheck", "--shell=bash", str(path)], stdout=subprocess.PIPE, text=True, check=False)
         assert done.returncode == 0, done.stdout
 
 
