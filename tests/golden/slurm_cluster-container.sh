@@ -26,6 +26,8 @@ export OMP_NUM_THREADS=8
 # With it the ranks of this start know one another from strangers.
 PROTTRANS_NONCE=$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')
 export PROTTRANS_NONCE
+# srun ends with the highest code of all ranks: the first that fails writes its own here.
+export PROTTRANS_EXIT_CODE_FILE="$run_dir/.exit-code-$PROTTRANS_NONCE"
 
 # A signal goes on to the starter, which tells the ranks: they save a checkpoint and end with 75.
 starter='' stop='' interrupted=''
@@ -56,6 +58,10 @@ while [ -z "$code" ] || [ -n "$interrupted" ]; do
   wait "$starter" || status=$?
   if [ -z "$code" ] || [ "$status" -ne 127 ]; then code=$status; fi
 done
+# The starter may not pass on the exit codes of the ranks; the first that failed has left its own.
+code_file="$run_dir/.exit-code-$PROTTRANS_NONCE"
+if [ -s "$code_file" ]; then code=$(cat "$code_file"); fi
+rm -f "$code_file"
 # Killed by the very signal that asks to stop, before it could be taken: stopped all the same.
 if [ -n "$stop" ]; then case "$code" in 130 | 138 | 140 | 143) code=75 ;; esac; fi
 # Notes how the ranks ended, and settles what becomes of this job and of those that wait for it.
