@@ -12,48 +12,27 @@ import shlex
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ..errors import ConfigError, SubmitError
-from ..machine import Machine, usable_cpu_cores
+from ..errors import SubmitError
 from ..terminal import printable
 from . import submission
+from .farm_executors import EXECUTORS, JobShape
 from .farm_item import run as run_command
 from .schedulers import SCHEDULERS
 
 if TYPE_CHECKING:
-    from submitit.core.core import PicklingExecutor
     from submitit.local.local import LocalJob
 
 _TIMEOUT_S = 120
 _ARRAY_SIZE = 1_000
 """Slurm and LSF refuse larger arrays unless the site says otherwise."""
-_FOREVER_MIN = 60 * 24 * 365
 _ENDED = frozenset(
     "COMPLETED FAILED BOOT_FAIL NODE_FAIL CANCELLED REVOKED PREEMPTED TIMEOUT DEADLINE OUT_OF_MEMORY FORGOTTEN".split()  # noqa: SIM905 - read as a list
 )
 """Of Slurm, and of what lsf_executor makes of LSF's; any other state is alive."""
-
-
-@dataclass(frozen=True)
-class JobShape:
-    """What one job of a farm asks for: always one node."""
-
-    machine: Machine
-    name: str
-    folder: Path
-    """Of submitit's files."""
-    python: str
-    """The interpreter on the nodes."""
-    num_at_once: int
-    """Jobs that may run at the same time."""
-    walltime_min: int | None
-    queue: str | None
-    account: str | None
 
 
 class Jobs(Protocol):
@@ -80,7 +59,7 @@ class LocalJobs:
 
     def __init__(self, shape: JobShape) -> None:
         self.max_submitted: int | None = shape.num_at_once
-        self._executor = _local(shape)
+        self._executor = EXECUTORS["local"](shape)
         self._jobs: dict[str, LocalJob[Any]] = {}
 
     def submit(self, commands: Sequence[Sequence[str]]) -> list[str]:
@@ -117,13 +96,13 @@ class BatchJobs:
                 f"{shape.machine.name} is used through {scheduler}, but there is no command {missing[0]!r} here. "
                 "Run this on a login node of the machine, or use --dry-run"
             )
-        self._executor = _EXECUTORS[scheduler](shape)
+        self._executor = EXECUTORS[scheduler](shape)
         self._scheduler = scheduler
 
     def submit(self, commands: Sequence[Sequence[str]]) -> list[str]:
         """See Jobs."""
         jobs: list[Any] = []
-        with _scrubbed_environment(self._scheduler):
+        with _stated_environment(self._scheduler):
             try:
                 for start in range(0, len(commands), _ARRAY_SIZE):
                     jobs += self._executor.map_array(run_command, [list(command) for command in commands[start : start + _ARRAY_SIZE]])
@@ -158,108 +137,13 @@ def render(shape: JobShape, commands: Sequence[Sequence[str]]) -> str:
     """What would be submitted: the script of the array, or the commands."""
     if shape.machine.scheduler == "local":
         return "".join(f"{shlex.join(command)}\n" for command in commands)
-    executor: Any = _EXECUTORS[shape.machine.scheduler](shape)
+    executor: Any = EXECUTORS[shape.machine.scheduler](shape)
     if shape.machine.scheduler == "slurm" and len(commands) > 1:
         executor.parameters["map_count"] = len(commands)
     elif len(commands) > 1:
         executor._array_size = len(commands)
     text: str = executor._make_submission_file_text(executor._submitit_command_str, "")
     return text
-
-
-def _python_words(shape: JobShape) -> str:
-    # submitit puts these in front of `-u -m submitit...`; with -P a submitit.py in the current folder is not submitit.
-    return shlex.join([*shape.machine.launcher_prefix, shape.python, "-P"])
-
-
-def _local(shape: JobShape) -> PicklingExecutor:
-    from submitit.local.local import LocalExecutor
-
-    executor = LocalExecutor(shape.folder, python=_python_words(shape))
-    executor.update_parameters(timeout_min=_FOREVER_MIN, gpus_per_node=shape.machine.node.num_gpus, stderr_to_stdout=True)
-    return executor
-
-
-def _slurm(shape: JobShape) -> PicklingExecutor:
-    from submitit.slurm.slurm import SlurmExecutor
-
-    class AnywhereSlurmExecutor(SlurmExecutor):
-        """One that can be built, for a dry run, where there is no srun."""
-
-        @classmethod
-        def affinity(cls) -> int:
-            return 2
-
-    machine, node, queue = shape.machine, shape.machine.node, shape.machine.queue(shape.queue)
-    partition = getattr(queue, "partition", None)
-    executor = AnywhereSlurmExecutor(shape.folder, python=_python_words(shape))
-    parameters = {
-        "job_name": shape.name,
-        "partition": queue.name if partition is None else partition or None,
-        "qos": queue.qos,
-        "account": shape.account,
-        "time": shape.walltime_min,
-        "nodes": 1,
-        "ntasks_per_node": 1,
-        "cpus_per_task": usable_cpu_cores(node),
-        "gpus_per_node": node.num_gpus or None,
-        "exclusive": True,
-        "signal_delay_s": 60 * machine.warning_min,
-        "array_parallelism": shape.num_at_once,
-        "stderr_to_stdout": True,
-        "setup": [*_setup_lines(shape), f"export SRUN_CPUS_PER_TASK={usable_cpu_cores(node)}"],
-        "additional_parameters": {"requeue": True, **_slurm_options(machine.header_lines)},
-    }
-    # submitit's own default would be refused where accounting knows no such key.
-    executor.update_parameters(wckey=None, **{name: value for name, value in parameters.items() if value is not None})
-    return executor
-
-
-def _slurm_options(lines: Sequence[str]) -> dict[str, str | bool]:
-    """The profile's #SBATCH lines as submitit takes them. Raises ConfigError for one that it cannot."""
-    found: dict[str, str | bool] = {}
-    for line in lines:
-        match = re.fullmatch(r"#SBATCH\s+(?:--(?P<long>[a-z][a-z-]*)|-(?P<short>[A-Za-z]))(?:[= ]\s*(?P<value>\S.*))?", line.strip())
-        name = match and (match["long"] or _SHORT_OPTIONS.get(match["short"]))
-        if not match or not name or name in found:
-            raise ConfigError(f"header_lines: a farm takes lines of the form '#SBATCH --option=value' only, an option once, not {line!r}")
-        found[name] = match["value"].strip("\"'") if match["value"] is not None else True
-    return found
-
-
-_SHORT_OPTIONS = {"A": "account", "C": "constraint", "G": "gpus", "L": "licenses", "M": "clusters", "S": "core-spec", "p": "partition", "q": "qos"}
-
-
-def _lsf(shape: JobShape) -> PicklingExecutor:
-    from .lsf_executor import LsfExecutor
-
-    machine, node = shape.machine, shape.machine.node
-    executor = LsfExecutor(shape.folder, python=_python_words(shape))
-    parameters = {
-        "job_name": shape.name,
-        "queue": machine.queue(shape.queue).name,
-        "project": shape.account,
-        "walltime_min": shape.walltime_min,
-        "nodes": 1,
-        "tasks_per_node": 1,
-        "cpus_per_task": usable_cpu_cores(node),
-        "gpus_per_node": node.num_gpus,
-        "allocation": "nodes" if machine.starter == "jsrun" else "slots",
-        "signal_delay_s": 60 * machine.warning_min,
-        "array_parallelism": shape.num_at_once,
-        "stderr_to_stdout": True,
-        "setup": _setup_lines(shape),
-        "directives": [line.strip().removeprefix("#BSUB").strip() for line in machine.header_lines],
-    }
-    executor.update_parameters(**{name: value for name, value in parameters.items() if value is not None})
-    return executor
-
-
-_EXECUTORS: dict[str, Callable[[JobShape], PicklingExecutor]] = {"local": _local, "slurm": _slurm, "lsf": _lsf}
-
-
-def _setup_lines(shape: JobShape) -> list[str]:
-    return [*shape.machine.setup_lines, f'export PATH={shlex.quote(str(Path(shape.python).parent))}:"$PATH"']
 
 
 def _slurm_states(numbers: Sequence[str]) -> dict[str, str] | None:
@@ -292,10 +176,12 @@ def _call(words: Sequence[str]) -> subprocess.CompletedProcess[str] | None:
 
 
 @contextmanager
-def _scrubbed_environment(scheduler: str) -> Iterator[None]:
-    """submitit hands on our environment; what a surrounding job left in it must not reach a new one."""
+def _stated_environment(scheduler: str) -> Iterator[None]:
+    """submitit hands on our environment: while it submits, that is what submission.py would hand on."""
     before = dict(os.environ)
     clean = submission.scrubbed(before, SCHEDULERS[scheduler].inherited_prefixes)
+    if SCHEDULERS[scheduler].hands_on_environment:
+        clean = submission.stated(clean)
     try:
         for name in before.keys() - clean.keys():
             del os.environ[name]

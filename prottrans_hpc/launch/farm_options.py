@@ -18,7 +18,7 @@ from .options import account, machine_option, run_here, size
 
 if TYPE_CHECKING:
     from ..machine import Machine
-    from .farm import FarmPlan
+    from .farm_plan import FarmPlan
 
 Command = Callable[..., Any]
 _ITEMS_PER_NODE = 4
@@ -61,7 +61,7 @@ def plan_farm(
             raise click.UsageError("--follow is for work on other nodes; here everything is printed anyway")
         return None
     from . import queues
-    from .farm import FarmPlan
+    from .farm_plan import FarmPlan
 
     if machine.account_required and account is None:
         raise ConfigError(f"{machine.name} charges a project: give --account")

@@ -151,9 +151,12 @@ _WAIT_LINES = (
     "done",
 )
 _HIDDEN_CODE_LINES = (
-    "# The starter may not pass on the exit codes of the ranks; the first that failed has left its own.",
-    f'code_file="$run_dir/{CODE_FILE_PREFIX}$PROTTRANS_NONCE"',
-    'if [ -s "$code_file" ]; then code=$(cat "$code_file"); fi',
+    "# The starter may not pass on the exit codes of the ranks; the first that failed has left its own. One that was killed could not:",
+    "# the ranks that lost it left 75, which says less than the signal that the starter tells of.",
+    f"code_file=\"$run_dir/{CODE_FILE_PREFIX}$PROTTRANS_NONCE\" left=''",
+    'if [ -s "$code_file" ]; then left=$(cat "$code_file"); fi',
+    'if [ "$left" = 75 ] && [ -z "$stop" ] && [ "$code" -gt 128 ]; then left=\'\'; fi',
+    "code=${left:-$code}",
     'rm -f "$code_file"',
 )
 _STOPPED_LINES = (

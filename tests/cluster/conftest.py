@@ -142,10 +142,13 @@ class Cluster:
         return {job_id: State(state) for job_id, state in told.items()}
 
     def state(self, job_id: str) -> State | None:
-        """The state of one job, asked for cheaply; None when Slurm has forgotten it."""
+        """The state of one job, asked for cheaply; None when Slurm has forgotten it, UNKNOWN when it does not answer."""
         from prottrans_hpc.launch import slurm
 
-        return slurm.parse_states(self.run(*slurm.state_argv([job_id]), code=None).stdout).get(job_id)
+        try:
+            return slurm.parse_states(self.run(*slurm.state_argv([job_id]), code=None).stdout).get(job_id)
+        except subprocess.TimeoutExpired:
+            return State.UNKNOWN
 
     def wait(self, condition: Callable[[], object], what: str, timeout_s: float = 60) -> None:
         """Wait for something; fails with `what` when it does not come."""

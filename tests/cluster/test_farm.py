@@ -6,12 +6,22 @@ The cluster keeps no accounts (no sacct), as many small ones do not: what become
 from __future__ import annotations
 
 import json
+import sys
 import time
 
 import pytest
 import zstandard
 
 RULES = ("--shards", "4", "--dedup", "--validation", "0.05", "--json")
+
+KILL = """
+import os, signal
+from pathlib import Path
+for path in Path("/proc").glob("[0-9]*/cmdline"):
+    if os.environb[b"VICTIM"] in path.read_bytes().split(bytes(1)):
+        os.kill(int(path.parent.name), signal.SIGKILL)
+"""
+"""Kills the process that has a word in its command line; processes of the cluster alone are seen."""
 
 
 @pytest.fixture(scope="module")
@@ -93,8 +103,8 @@ def test_a_killed_command_finds_its_jobs_again(cluster, tmp_path, tiny_checkpoin
         cluster.wait(lambda: '"submitted"' in state.read_text(), "the submission to be noted")
         jobs = cluster._jobs()
         process.kill()
-        # The command's process is in the cluster's namespace; its entrance was killed, so end it there, too.
-        cluster.run("bash", "-c", f"for pid in $(grep -ls {out} /proc/[0-9]*/cmdline | grep -v self | cut -d/ -f3); do kill -9 $pid; done", code=None)
+        # Only its entrance into the cluster is ours to kill.
+        cluster.python("-c", KILL, env={"VICTIM": str(out)})
         process.communicate(timeout=60)
         time.sleep(1)
         assert cluster._jobs() == jobs
@@ -110,3 +120,20 @@ def test_a_killed_command_finds_its_jobs_again(cluster, tmp_path, tiny_checkpoin
 def test_without_srun_the_error_says_where_to_go(prottrans, tmp_path, fasta):
     done = prottrans("preprocess", str(fasta), "--out", str(tmp_path / "c"), "--machine", "slurm_cluster", "--nodes", "2", code=71, env={"PATH": "/nowhere"})
     assert "there is no command 'srun' here. Run this on a login node of the machine, or use --dry-run" in done.stderr
+
+
+def test_nothing_of_the_submitting_shell_reaches_the_items(cluster, tmp_path, fasta):
+    profile = cluster.profile(tmp_path, python=json.dumps(str(tmp_path / "python")))
+    spy = f'#!/bin/bash\nif [[ "$*" == *stage_process* ]]; then env > {tmp_path}/environment-$$; fi\nexec {sys.executable} "$@"\n'
+    (tmp_path / "python").write_text(spy)
+    (tmp_path / "python").chmod(0o755)
+    arguments = ("preprocess", str(fasta), "--out", str(tmp_path / "corpus"), "--machine", str(profile), "--nodes", "2")
+    secrets = {"SLURM_CPU_BIND": "none", "SLURM_JOB_ID": "1", "SBATCH_TIMELIMIT": "1", "MY_TOKEN": "secret", "OMP_NUM_THREADS": "77"}
+    cluster.prottrans(*arguments, env=secrets, timeout_s=200)
+    found = [dict(line.split("=", 1) for line in path.read_text().splitlines() if "=" in line) for path in tmp_path.glob("environment-*")]
+    assert len(found) == 4
+    for environment in found:
+        assert "MY_TOKEN" not in environment
+        assert environment["SLURM_JOB_ID"] != "1"
+        assert environment["OMP_NUM_THREADS"] == "1"
+        assert environment["CUDA_VISIBLE_DEVICES"] == ""

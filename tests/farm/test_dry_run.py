@@ -65,7 +65,7 @@ def test_sizes():
     embed = plan("embed", "slurm_cluster")
     gpus = read_machine("slurm_cluster").node.num_gpus
     assert (embed.num_jobs, embed.num_at_once, embed.shares_per_job) == (16, 4, gpus)
-    assert embed.as_stage_sees_it().num_items == 16 * gpus
+    assert embed.num_items == 16 * gpus
     assert embed.cores_per_item == read_machine("slurm_cluster").node.num_cpu_cores // gpus
     assert plan("preprocess", "summit", Demand(num_racks=2)).num_at_once == 36
     assert plan("preprocess", "summit", Demand(num_gpus=12)).num_at_once == 2

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,24 @@ def append(path: Path, text: str) -> Callable[[], object]:
             file.write(text)
 
     return write
+
+
+@contextmanager
+def repeated(step: Callable[[], object]) -> Iterator[None]:
+    """Do it again and again while the block runs."""
+    over = threading.Event()
+
+    def repeat() -> None:
+        while not over.wait(0.05):
+            step()
+
+    thread = threading.Thread(target=repeat)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 def test_from_the_queue_to_the_end_of_a_chain(run: RunDir, fake_slurm: Any, meanwhile: Any, capsys: pytest.CaptureFixture[str]) -> None:
@@ -174,8 +193,9 @@ def test_control_c_stops_the_following_and_not_the_job(job: Any) -> None:
     assert subprocess.run(job.argv("--detach"), env=os.environ | CHECKOUT, capture_output=True, check=False).returncode == 0
     job.rank(0)
     follower = prottrans("runs", "logs", str(job.run_dir), "--follow", "-n", "0")
-    job.wait_until(lambda: _takes_sigint(follower.pid))
-    time.sleep(0.5)
+    assert follower.stdout is not None
+    with repeated(append(job.run_dir / "logs" / "job.log", "new\n")):
+        assert follower.stdout.readline() == "new\n", "it has come to follow"
     os.killpg(follower.pid, signal.SIGINT)
     _, said = follower.communicate(timeout=60)
     assert follower.returncode == errors.INTERRUPTED, said
@@ -196,13 +216,6 @@ def test_control_c_stops_the_following_and_not_the_job(job: Any) -> None:
     assert job.got(0) == ["SIGTERM"]
 
 
-def _takes_sigint(pid: int) -> bool:
-    """Whether a process has come so far that Python answers Ctrl-C."""
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    caught = next(int(line.split()[1], 16) for line in lines if line.startswith("SigCgt"))
-    return bool(caught & 1 << (signal.SIGINT - 1))
-
-
 def test_resume_in_the_background_and_follow_give_the_exit_code_of_the_job(job: Any) -> None:
     job.behave({0: {"code": 76}})
     assert subprocess.run(job.argv(), env=os.environ | CHECKOUT, capture_output=True, check=False).returncode == 76
@@ -219,3 +232,14 @@ def test_resume_in_the_background_and_follow_give_the_exit_code_of_the_job(job: 
     assert detached.returncode == 0 and f"prottrans runs logs {job.run_dir} --follow" in detached.stderr
     job.wait_until((job.run_dir / "job.exit-code").is_file)
     assert (job.run_dir / "job.exit-code").read_text() == "137\n"
+
+
+def test_a_job_in_the_foreground_is_listed_and_cancelled_from_another_shell(job: Any) -> None:
+    process = job.start()
+    job.rank(0)
+    listed = prottrans("runs", "list", "--runs", str(job.folder), "--json").communicate(timeout=60)[0]
+    assert '"state": "running"' in listed and f'"id": "{process.pid}"' in listed
+    assert "asked to save and stop" in prottrans("runs", "cancel", str(job.run_dir)).communicate(timeout=60)[0]
+    assert process.communicate(timeout=60) and process.returncode == errors.REQUEUE
+    assert "nothing to cancel" in prottrans("runs", "cancel", str(job.run_dir)).communicate(timeout=60)[0]
+    assert '"state": "cancelled"' in prottrans("runs", "list", "--runs", str(job.folder), "--json").communicate(timeout=60)[0]

@@ -1,0 +1,172 @@
+"""One round of a farm: its jobs on their way, from submission to the output, over failures and stops."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from .. import durable, errors, terminal
+from ..errors import FarmError
+from ..stage import Item
+from .farm_files import FarmFiles, FarmJob, read_state, write_state
+from .farm_jobs import Jobs, open_jobs
+from .farm_plan import FarmPlan
+from .farm_report import Follower, cause, last_words
+
+_INCURABLE = frozenset((errors.USAGE, errors.BAD_DATA, errors.NO_INPUT, errors.BUG, errors.CANNOT_WRITE, errors.NO_PERMISSION, errors.IDENTITY))
+"""Exit codes after which another try would end in the same way."""
+_LOOK_EVERY_S = 1.0
+_MAX_STOPS = 50
+"""Tries that ended early with their state saved (75); each gets further, so they do not count as failures."""
+
+
+def item_command(plan: FarmPlan, files: FarmFiles, number: int, attempt: int) -> list[str]:
+    """What the job of this number runs, at its attempt of this number (from 1)."""
+    return [plan.python, "-P", "-m", "prottrans_hpc.launch.farm_item", str(files.folder), str(number), str(attempt)]
+
+
+@dataclass
+class Round:
+    """One set of items on its way."""
+
+    plan: FarmPlan
+    name: str
+    files: FarmFiles
+    groups: Sequence[Sequence[Item]]
+    jobs: list[FarmJob] = field(default_factory=list)
+    open: Jobs | None = None
+    suspects: set[str] = field(default_factory=set)
+    """Job ids that the scheduler called ended while they had left no outcome: their file may still be on its way."""
+
+    def __post_init__(self) -> None:
+        self._write_jobs()
+        found = read_state(self.files)
+        outputs = [tuple(str(item.output) for item in group) for group in self.groups]
+        self.jobs = found[1] if found and [job.outputs for job in found[1]] == outputs else [FarmJob(paths) for paths in outputs]
+        is_batch = self.plan.machine.scheduler != "local"
+        for number, job in enumerate(self.jobs):
+            was_in_queue = job.state == "submitted" and is_batch and found is not None and found[0] == self.plan.machine.scheduler
+            if job.has_output:
+                job.state = "done"
+            elif not was_in_queue:
+                # A later start of the command is a new chance for what failed.
+                self.jobs[number] = replace(job, state="waiting", num_tries=job.num_tries, codes=[])
+        num_done = sum(job.state == "done" for job in self.jobs)
+        if num_done:
+            terminal.note(f"{self.name}: {num_done} of {len(self.jobs)} jobs were done before")
+        self._save()
+
+    def _write_jobs(self) -> None:
+        driver = os.getpid() if self.plan.machine.scheduler == "local" else None
+        cores = str(self.plan.cores_per_item)
+        for number, group in enumerate(self.groups):
+            commands = []
+            for share, item in enumerate(group):
+                request = self.files.request(number, share)
+                durable.write_json(request, dict(item.request))
+                argv = [self.plan.python, "-P", "-m", "prottrans_hpc.launch.stage_process", item.stage, str(request), *self.plan.flags]
+                environment = {"OMP_NUM_THREADS": cores}
+                if self.plan.machine.node.num_gpus == 0 or self.plan.shares_per_job > 1:
+                    environment["CUDA_VISIBLE_DEVICES"] = str(share) if self.plan.machine.node.num_gpus else ""
+                commands.append({"argv": argv, "environment": environment})
+            durable.write_json(self.files.job(number), {"driver": driver, "commands": commands})
+
+    def _save(self) -> None:
+        write_state(self.files, self.name, self.plan.machine.scheduler, self.jobs)
+
+    def work(self, advance: terminal.Advance) -> None:
+        """Submit and watch until nothing is left to do."""
+        self.open = jobs = open_jobs(self.plan.shape(self.files))
+        advance(sum(job.state == "done" for job in self.jobs))
+        follower = Follower(self.files, len(self.jobs)) if self.plan.follow else None
+        last_query = time.monotonic()
+        while self._is_going_on():
+            self._submit(jobs)
+            time.sleep(min(_LOOK_EVERY_S, jobs.query_every_s))
+            is_due = time.monotonic() - last_query >= jobs.query_every_s
+            alive = jobs.alive(self._submitted_ids()) if is_due else None
+            last_query = time.monotonic() if is_due else last_query
+            self._look(alive or {}, advance)
+            if follower is not None:
+                follower.show()
+        if self._submitted_ids():
+            self.stop()
+
+    def _is_going_on(self) -> bool:
+        states = {job.state for job in self.jobs}
+        return not states.isdisjoint(("waiting", "submitted")) and not (self.plan.ends_at_failure and "failed" in states)
+
+    def _submitted_ids(self) -> list[str]:
+        return [job.job_id for job in self.jobs if job.state == "submitted" and job.job_id is not None]
+
+    def _submit(self, jobs: Jobs) -> None:
+        waiting = [number for number, job in enumerate(self.jobs) if job.state == "waiting"]
+        if jobs.max_submitted is not None:
+            waiting = waiting[: max(0, jobs.max_submitted - len(self._submitted_ids()))]
+        if not waiting:
+            return
+        job_ids = jobs.submit([item_command(self.plan, self.files, number, self.jobs[number].num_tries + 1) for number in waiting])
+        for number, job_id in zip(waiting, job_ids, strict=True):
+            job = self.jobs[number]
+            job.state, job.job_id, job.num_tries = "submitted", job_id, job.num_tries + 1
+        self._save()
+        terminal.detail(f"{self.name}: submitted {', '.join(job_ids[:3])}{' ...' if len(job_ids) > 3 else ''} for {len(waiting)} jobs")
+
+    def _look(self, alive: Mapping[str, bool], advance: terminal.Advance) -> None:
+        """Take over how jobs ended. `alive` is what the scheduler says; empty when it was not asked or did not answer."""
+        outcomes = self.files.outcomes()
+        changed = False
+        for number, job in enumerate(self.jobs):
+            if job.state != "submitted" or job.job_id is None:
+                continue
+            code = self.files.code(number, job.num_tries) if (number, job.num_tries) in outcomes else None
+            is_gone = alive.get(job.job_id) is False
+            # One that was asked to stop may be requeued by submitit, under the same id: only the scheduler knows.
+            if code is not None and (code in (errors.DONE, *_INCURABLE) or is_gone):
+                changed = self._end(number, code, advance)
+            elif is_gone and job.job_id in self.suspects:
+                changed = self._end(number, None, advance)
+            elif is_gone:
+                self.suspects.add(job.job_id)
+        if changed:
+            self._save()
+
+    def _end(self, number: int, code: int | None, advance: terminal.Advance) -> bool:
+        job = self.jobs[number]
+        job.codes.append(code)
+        num_failures = sum(one not in (errors.DONE, errors.REQUEUE) for one in job.codes)
+        if code == errors.DONE and job.has_output:
+            job.state = "done"
+            advance(1)
+        elif code in _INCURABLE or num_failures > self.plan.num_retries or len(job.codes) >= _MAX_STOPS:
+            job.state = "failed"
+        else:
+            job.state = "waiting"
+            terminal.note(f"{self.name}: job {number} {cause(code)}; it is run again ({self.files.log(number)})")
+        return True
+
+    def stop(self) -> None:
+        """Cancel everything that may still run; a later start submits it again."""
+        job_ids = self._submitted_ids()
+        if job_ids and self.open is not None:
+            terminal.note(f"{self.name}: cancelling {len(job_ids)} jobs")
+            self.open.cancel(job_ids)
+        for number, job in enumerate(self.jobs):
+            if job.state == "submitted":
+                self.jobs[number] = replace(job, state="waiting")
+        self._save()
+
+    def raise_failures(self) -> None:
+        """Raise FarmError when a job failed for good."""
+        failed = [number for number, job in enumerate(self.jobs) if job.state == "failed"]
+        if not failed:
+            return
+        first = failed[0]
+        code = self.jobs[first].codes[-1]
+        others = f" (and {len(failed) - 1} more of {len(self.jobs)})" if len(failed) > 1 else ""
+        raise FarmError(
+            f"{self.name}: job {first} {cause(code)}{others}: {last_words(self.files.log(first))} (see {self.files.log(first)})",
+            code=errors.NO_RESOURCES if code in (None, errors.DONE) else code or errors.NO_RESOURCES,
+        )
