@@ -44,6 +44,27 @@ class Batch:
     """Tokens of the longest sequence; 0 for an empty batch."""
     num_residues: int
     """Residues without special tokens."""
+    draws: Array = None
+    """float64 [M]: a uniform random number for each target, for models that sample there; None where the objective needs none."""
+    permutation: Array = None
+    """int64 [T]: place of each token in the order of factorisation, -1 for what all may see; None for other objectives."""
+    decoder_tokens: Array = None
+    """int64 [U]: what the decoder reads, sequence after sequence. `target_positions` then points into these; None without decoder."""
+    decoder_positions: Array = None
+    """int64 [U]: as `positions`."""
+    decoder_cu_seqlens: Array = None
+    """int32 [S + 1]: as `cu_seqlens`."""
+    decoder_max_length: int = 0
+    """Tokens of the longest sequence that the decoder reads."""
+    lanes: Array = None
+    """int64 [S]: for a model with memory, which lane of the global batch each "sequence" is the next piece of; else None."""
+    documents: Array = None
+    """int64 [T]: with lanes, a number for each protein of a lane that grows from one to the next; tokens that must not see
+    one another differ in it. None where all of a sequence may see one another."""
+    memory: Array = None
+    """With lanes, what the model returned as `LossSum.memory` for these lanes' pieces before, lanes first; None at their beginning."""
+    tokens_per_target: float = 0.0
+    """Tokens of the whole step, over all ranks, divided by its targets; set where the record says `counts_tokens`."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +75,10 @@ class LossSum:
     """Scalar tensor, fp32: sum of the negative log likelihoods in nats, connected to the graph even when M is 0."""
     num_correct: Array
     """Scalar tensor, int64: targets whose most likely token is the right one."""
+    parts: Array = None
+    """fp32 [number of the record's `loss_parts`]: addends of the loss by themselves, unweighted, detached, to be divided as the loss is."""
+    memory: Array = None
+    """What to put into the next batch of these lanes, a tensor with a row a lane, detached; None for models without memory."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +149,10 @@ class Architecture:
     """`(shape, tokens of each sequence)` -> floating-point operations of one forward and backward pass."""
     activation_bytes: Callable[[Any, Sequence[int], str], int]
     """`(shape, tokens of each sequence, precision)` -> bytes kept for the backward pass."""
+    loss_parts: tuple[str, ...] = ()
+    """Names of the addends in `LossSum.parts`: metrics.jsonl has each as a mean."""
+    counts_tokens: bool = False
+    """Whether a part of the loss is a mean over all tokens: the step is then counted first and `Batch.tokens_per_target` set."""
     lanes: bool = False
     """Whether a step's sequences are lanes, each a text that goes on from step to step with the model's memory of it
     (Transformer-XL). Lanes stay on their rank, so `global_batch_size` must then be a multiple of the number of ranks."""

@@ -141,14 +141,36 @@ def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
 
 def _describe(noun: type[Any], fault: ErrorDetails) -> str:
     location = [str(part) for part in fault["loc"]]
-    where = ".".join(location) or "the file"
+    where = ".".join(_without_tags(noun, location)) or "the file"
     if fault["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         return f"unknown key {where}{_nearest(location[-1], _keys_at(noun, location[:-1]))}"
     if fault["type"] in ("missing", "missing_argument"):
         return f"missing key {where}"
+    if fault["type"] == "union_tag_not_found":
+        return f"missing key {where}.{_discriminator(fault)}"
+    if fault["type"] == "union_tag_invalid":
+        tags = fault["ctx"]["expected_tags"].replace("'", "").split(", ")
+        return f"{where}.{_discriminator(fault)} = {fault['ctx']['tag']!r}: unknown{_nearest(fault['ctx']['tag'], tags)}; known are {', '.join(tags)}"
     if fault["type"] == "value_error":
         return fault["msg"].removeprefix("Value error, ") if where == "the file" else f"{where}: {fault['msg'].removeprefix('Value error, ')}"
     return f"{where} = {fault['input']!r}: {fault['msg'].lower()}"
+
+
+def _discriminator(fault: ErrorDetails) -> str:
+    return str(fault["ctx"]["discriminator"]).strip("'")
+
+
+def _without_tags(noun: Any, location: list[str]) -> list[str]:
+    """The keys of a fault's location as they stand in the file: pydantic adds which alternative of a union it is in."""
+    keys, is_tag = [], False
+    for part in location:
+        if is_tag:
+            is_tag = False
+            continue
+        keys.append(part)
+        noun = _member(noun, part)
+        is_tag = len(_alternatives(noun)) > 1 and all(dataclasses.is_dataclass(kind) for kind in _alternatives(noun))
+    return keys
 
 
 def _nearest(word: str, known: list[str]) -> str:
@@ -171,9 +193,11 @@ def _member(noun: Any, part: str) -> Any:
             hints = typing.get_type_hints(kind)
             if part in hints:
                 return hints[part]
+            if part in typing.get_args(hints.get("name")):
+                return kind  # the tag of a union, an objective's name
         elif typing.get_origin(kind) in (tuple, list, dict):
             return typing.get_args(kind)[-1 if typing.get_origin(kind) is dict else 0]
-    return noun  # the tag of a union (an objective's name) does not descend
+    return noun
 
 
 def _alternatives(noun: Any) -> list[Any]:

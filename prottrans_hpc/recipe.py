@@ -13,6 +13,7 @@ from pydantic.dataclasses import dataclass
 from . import config
 from .config import STRICT, Count, Fraction, Natural, NonNegative, Positive
 from .errors import ConfigError
+from .recipe_objectives import Masked, Objective
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -23,25 +24,6 @@ class ArchitectureChoice:
     """A registered architecture: `prottrans models` lists them."""
     size: str
     """One of its sizes: `prottrans models show NAME` lists them."""
-
-
-@dataclass(frozen=True, config=STRICT)
-class Masked:
-    """BERT's objective: predict corrupted residues from both sides (Devlin et al. 2019, section 3.1)."""
-
-    name: Literal["masked"] = "masked"
-    fraction: float = 0.15
-    """Share of the residues that are to be predicted, each drawn independently."""
-    mask_share: Fraction = 0.8
-    """Share of those that the mask token replaces."""
-    random_share: Fraction = 0.1
-    """Share of those that a random residue replaces; the others stay as they are."""
-
-    def __post_init__(self) -> None:
-        if not 0.0 < self.fraction < 1.0:
-            raise ValueError(f"fraction must be between 0 and 1, not {self.fraction}")
-        if self.mask_share + self.random_share > 1.0:
-            raise ValueError(f"mask_share {self.mask_share} and random_share {self.random_share} exceed 1 together")
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -159,7 +141,7 @@ class Recipe:
     phases: tuple[Phase, ...]
     optimizer: Optimizer
     checkpoint: Checkpointing
-    objective: Masked = Masked()
+    objective: Objective = Masked()
     schedule: Schedule = Schedule()
     order: Order = Order()
     loading: Loading = Loading()

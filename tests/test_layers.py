@@ -18,7 +18,11 @@ import pytest
 PACKAGE = "prottrans_hpc"
 ROOT = Path(__file__).resolve().parents[1] / PACKAGE
 
-BASE_MODULES = {"__init__", "errors", "durable", "stage", "config", "recipe", "machine", "run_dir", "architecture", "architectures", "terminal"}
+BASE_MODULES = {"__init__", "errors", "durable", "stage", "config", "recipe", "recipe_objectives", "machine", "run_dir"} | {
+    "architecture",
+    "architectures",
+    "terminal",
+}
 COMM_MODULES = {"comm", "comm_torch", "comm_horovod", "comm_rendezvous"}
 
 BELOW_CORPUS = {"base", "rank", "log", "comm"}

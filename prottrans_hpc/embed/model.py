@@ -154,10 +154,5 @@ def _residue_rows(batch: Batch, encoder: Encoder) -> torch.Tensor:
 
 
 def _moved(batch: Batch, device: torch.device) -> Batch:
-    return dataclasses.replace(
-        batch,
-        **{
-            name: getattr(batch, name).to(device, non_blocking=True)
-            for name in ("tokens", "positions", "cu_seqlens", "target_positions", "targets", "sample_ids")
-        },
-    )
+    tensors: dict[str, Any] = {name: value.to(device, non_blocking=True) for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
+    return dataclasses.replace(batch, **tensors)

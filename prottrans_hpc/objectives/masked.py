@@ -14,7 +14,7 @@ import numpy.typing as npt
 from ..architecture import Batch
 from ..corpus.counter_rng import Purpose, below, draw, threshold
 from ..corpus.samples import Samples
-from ..recipe import Masked
+from ..recipe_objectives import Masked
 from .layout import Layout
 
 Int64 = npt.NDArray[np.int64]

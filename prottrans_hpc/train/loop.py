@@ -15,7 +15,7 @@ from ..errors import NumericsError, RequeueRequested
 from . import preemption, resume
 from .loader import LoadedStep, Loader
 from .session import Progress, Session
-from .step import StepResult, take_step
+from .step import StepResult, means_of_parts, take_step
 from .timing import Clock
 from .validation import Validator, perplexity
 
@@ -143,6 +143,7 @@ def metrics_of(session: Session, loaded: LoadedStep, result: StepResult) -> dict
         "loss": status.mean_loss if is_finite else None,
         "perplexity": perplexity(status.mean_loss) if is_finite else None,
         "accuracy": status.num_correct / max(status.num_targets, 1.0) if is_finite else None,
+        **means_of_parts(session, status.parts, status.num_targets, is_finite=is_finite),
         "lr": result.learning_rate,
         "grad_norm": result.gradient_norm,
         "num_sequences": len(loaded.samples),

@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..architecture import Batch
+from ..architecture import Batch, LossSum
 from . import preemption
 from .loader import LoadedStep
 from .optim import measure_gradients
@@ -35,6 +35,8 @@ class Status:
     num_residues: float
     num_tokens: float
     flops: float
+    parts: tuple[float, ...] = ()
+    """Sums of the addends of the loss that the architecture names, nats."""
 
     @property
     def mean_loss(self) -> float:
@@ -57,8 +59,8 @@ def take_step(session: Session, loaded: LoadedStep) -> StepResult:
     """Take one step on this rank, together with all others. Raises, on all ranks, when a save in the background failed."""
     torch.manual_seed(step_seed(session.run.recipe.seed, step=loaded.step, rank=session.comm.rank))
     session.model.zero_gradients()
-    losses, num_correct = _forward_backward(session, loaded)
-    status = _exchange(session, loaded, losses, num_correct)
+    losses, num_correct, parts = _forward_backward(session, loaded)
+    status = _exchange(session, loaded, losses, torch.cat((num_correct[None], parts)))
     # The loss is a sum; dividing by the global count here makes the result independent of ranks and accumulation.
     scale = measure_gradients(session.module.parameters(), scale=1.0 / max(status.num_targets, 1.0), max_norm=session.run.recipe.optimizer.clip_norm)
     rate = learning_rate(session.run.recipe, loaded.step)
@@ -75,27 +77,50 @@ def step_seed(seed: int, *, step: int, rank: int) -> int:
     return int.from_bytes(hashlib.blake2b(f"model {seed} {step} {rank}".encode(), digest_size=8).digest(), "big") >> 1
 
 
-def _forward_backward(session: Session, loaded: LoadedStep) -> tuple[Tensor, Tensor]:
-    """Gradients summed over micro batches and ranks; the loss of each micro batch, and the correct targets, stay on the device."""
+def _forward_backward(session: Session, loaded: LoadedStep) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients summed over micro batches and ranks; the loss of each micro batch, the correct targets and the sums of
+    the loss's parts stay on the device."""
     losses: list[Tensor] = []
-    num_correct: list[Tensor] = []
-    last = len(loaded.micro_batches) - 1
-    for index, batch in enumerate(on_device(loaded.micro_batches, session.comm.device)):
+    sums = torch.zeros(1 + len(session.record.loss_parts), dtype=torch.float64, device=session.comm.device)
+    batches = with_token_counts(session, loaded.micro_batches)
+    last = len(batches) - 1
+    for index, batch in enumerate(on_device(batches, session.comm.device)):
         if index < last:
             with session.model.no_sync():
-                _one(session, batch, losses, num_correct)
+                losses.append(_one(session, batch, sums))
         else:
-            _one(session, batch, losses, num_correct)
+            losses.append(_one(session, batch, sums))
     session.model.finish_gradients()
-    return torch.stack(losses), torch.stack(num_correct).sum()
+    return torch.stack(losses), sums[0], sums[1:]
 
 
-def _one(session: Session, batch: Batch, losses: list[Tensor], num_correct: list[Tensor]) -> None:
+def _one(session: Session, batch: Batch, sums: Tensor) -> Tensor:
     with session.forward():
-        result = session.model.module(batch)
+        result: LossSum = session.model.module(batch)
     session.model.backward(result.loss)
-    losses.append(result.loss.detach().double())
-    num_correct.append(result.num_correct.detach().double())
+    sums += counted(result)
+    loss: Tensor = result.loss.detach().double()
+    return loss
+
+
+def counted(result: LossSum) -> Tensor:
+    """What a batch adds to the correct targets and to the sums of the loss's parts, fp64 [1 + parts]."""
+    num_correct: Tensor = result.num_correct.detach().double()[None]
+    return num_correct if result.parts is None else torch.cat((num_correct, result.parts.double()))
+
+
+def with_token_counts(session: Session, batches: tuple[Batch, ...]) -> tuple[Batch, ...]:
+    """The batches, told how many tokens the step has a target over all ranks where the model's loss needs that. Collective then."""
+    if not session.record.counts_tokens:
+        return batches
+    own = torch.tensor([sum(len(batch.tokens) for batch in batches), sum(len(batch.targets) for batch in batches)], dtype=torch.float64)
+    num_tokens, num_targets = session.comm.all_reduce_sum(own).tolist()
+    return tuple(replace(batch, tokens_per_target=num_tokens / max(num_targets, 1.0)) for batch in batches)
+
+
+def means_of_parts(session: Session, sums: Sequence[float], num_targets: float, *, is_finite: bool = True) -> dict[str, float | None]:
+    """The addends of the loss by name, each a mean."""
+    return {name: total / max(num_targets, 1.0) if is_finite else None for name, total in zip(session.record.loss_parts, sums, strict=True)}
 
 
 def on_device(batches: tuple[Batch, ...], device: torch.device) -> Iterator[Batch]:
@@ -108,13 +133,14 @@ def on_device(batches: tuple[Batch, ...], device: torch.device) -> Iterator[Batc
             yield replace(batch, **tensors)
 
 
-def _exchange(session: Session, loaded: LoadedStep, losses: Tensor, num_correct: Tensor) -> Status:
-    loss, correct = torch.stack((losses.sum(), num_correct)).tolist()  # waits for the device
+def _exchange(session: Session, loaded: LoadedStep, losses: Tensor, sums: Tensor) -> Status:
+    loss, correct, *parts = torch.cat((losses.sum()[None], sums)).tolist()  # waits for the device
     flops = session.record.flops(session.shape, loaded.lengths.tolist()) if session.peak_flops else 0.0
-    own = (float(preemption.requested()), loss, correct, float(loaded.num_targets), float(loaded.num_residues), float(loaded.num_tokens), flops)
+    own = (float(preemption.requested()), loss, correct, float(loaded.num_targets), float(loaded.num_residues), float(loaded.num_tokens), flops, *parts)
     summed = session.comm.all_reduce_sum(torch.tensor([*own, *session.saver.report()], dtype=torch.float64)).tolist()
     session.saver.receive(summed[len(own) :])
-    return Status(*summed[: len(own)])
+    plain, added = summed[: len(own) - len(parts)], summed[len(own) - len(parts) : len(own)]
+    return replace(Status(*plain), parts=tuple(added))
 
 
 def _tell_non_finite(session: Session, loaded: LoadedStep, losses: Tensor) -> None:

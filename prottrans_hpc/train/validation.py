@@ -11,7 +11,7 @@ import torch
 from ..architecture import Batch
 from .loader import validation_batches
 from .session import Session
-from .step import on_device
+from .step import counted, means_of_parts, on_device, with_token_counts
 
 
 class Validator:
@@ -37,19 +37,21 @@ class Validator:
         """Measure and record. Collective."""
         began, session = time.perf_counter(), self._session
         session.module.eval()
-        sums = torch.zeros(3, dtype=torch.float64, device=session.comm.device)
+        sums = torch.zeros(3 + len(session.record.loss_parts), dtype=torch.float64, device=session.comm.device)
         for batch in on_device(self._own_batches(), session.comm.device):
             with session.forward():
                 result = session.module(batch)
-            sums += torch.stack((result.loss.double(), result.num_correct.double(), torch.tensor(float(len(batch.targets)), device=sums.device)))
+            plain = torch.stack((result.loss.double(), torch.tensor(float(len(batch.targets)), device=sums.device)))
+            sums += torch.cat((plain, counted(result)))
         session.module.train()
-        loss, num_correct, num_targets = session.comm.all_reduce_sum(sums).tolist()
+        loss, num_targets, num_correct, *parts = session.comm.all_reduce_sum(sums).tolist()
         mean = loss / max(num_targets, 1.0)
         record = {
             "step": session.progress.step,
             "loss": mean,
             "perplexity": perplexity(mean),
             "accuracy": num_correct / max(num_targets, 1.0),
+            **means_of_parts(session, parts, num_targets),
             "num_targets": int(num_targets),
             "seconds": round(time.perf_counter() - began, 4),
         }
@@ -62,7 +64,8 @@ class Validator:
         if self._batches is None:
             assert session.validation is not None, "is_due comes first"
             vocabulary, comm = session.record.vocabulary, session.comm
-            self._batches = tuple(validation_batches(session.validation, session.run.recipe, vocabulary, rank=comm.rank, world_size=comm.world_size))
+            own = validation_batches(session.validation, session.run.recipe, vocabulary, rank=comm.rank, world_size=comm.world_size)
+            self._batches = with_token_counts(session, tuple(own))
         return self._batches
 
 

@@ -12,7 +12,7 @@ from prottrans_hpc.corpus.reader import Corpus
 from prottrans_hpc.corpus.samples import Samples, whole_sequences
 from prottrans_hpc.objectives.layout import lay_out
 from prottrans_hpc.objectives.masked import corrupt, draw_targets
-from prottrans_hpc.recipe import Masked
+from prottrans_hpc.recipe_objectives import Masked
 
 VOCABULARY = architecture.get("prot_bert").vocabulary
 SIGMAS = 5
