@@ -5,6 +5,8 @@ Both train the same number of parameters with the same optimizer, learning rates
 proteins with the same masks, outside the timed part. Writes learning.json, learning.md and learning.png.
 
     python benchmarks/learning.py --data ../shared/data --residues 3000000
+
+With --work DIR each curve is kept there as soon as it is measured, and a later start measures only what is missing.
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -300,20 +304,40 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path(os.environ.get("PROTTRANS_DATA", "../shared/data")))
     parser.add_argument("--residues", type=int, default=3_000_000)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--work", type=Path, help="keep the corpus and the curves here")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        corpus = Path(folder) / "corpus"
-        fasta = arguments.data / "pretrain" / "swissprot201401_sp50.fasta.zst"
-        subprocess.run([sys.executable, "-m", "prottrans_hpc.launch.cli", "preprocess", str(fasta), "--out", str(corpus), "--validation", "0.01"], check=True)
-        mean = mean_residues(corpus)
-        steps = math.ceil(arguments.residues / (BATCH * mean))
-        recipe = read_recipe("small_prot_bert", settings_of(steps, "fp32"))
-        curves = {"prottrans_hpc fp32": run_ours(corpus, Path(folder) / "fp32", steps=steps, precision="fp32")}
-        curves["prottrans_hpc bf16"] = run_ours(corpus, Path(folder) / "bf16", steps=steps, precision="bf16")
-        curves["transformers fp32"] = run_trainer(corpus, recipe, residues=arguments.residues, bf16=False, folder=Path(folder))
-        curves["transformers bf16"] = run_trainer(corpus, recipe, residues=arguments.residues, bf16=True, folder=Path(folder))
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        report(curves, baselines(corpus), arguments.out, arguments.residues)
+    with tempfile.TemporaryDirectory() if arguments.work is None else nullcontext(arguments.work) as folder:
+        measure(arguments, Path(folder).resolve())
+
+
+def measure(arguments: argparse.Namespace, folder: Path) -> None:
+    """The corpus, the four curves, the report."""
+    folder.mkdir(parents=True, exist_ok=True)
+    corpus = folder / "corpus"
+    fasta = arguments.data / "pretrain" / "swissprot201401_sp50.fasta.zst"
+    subprocess.run([sys.executable, "-m", "prottrans_hpc.launch.cli", "preprocess", str(fasta), "--out", str(corpus), "--validation", "0.01"], check=True)
+    residues = arguments.residues
+    steps = math.ceil(residues / (BATCH * mean_residues(corpus)))
+    recipe = read_recipe("small_prot_bert", settings_of(steps, "fp32"))
+    ways: dict[str, Callable[[Path], list[Point]]] = {
+        "prottrans_hpc fp32": lambda place: run_ours(corpus, place, steps=steps, precision="fp32"),
+        "transformers fp32": lambda place: run_trainer(corpus, recipe, residues=residues, bf16=False, folder=place),
+        "prottrans_hpc bf16": lambda place: run_ours(corpus, place, steps=steps, precision="bf16"),
+        "transformers bf16": lambda place: run_trainer(corpus, recipe, residues=residues, bf16=True, folder=place),
+    }
+    curves = {name: kept(folder / f"{name.replace(' ', '-')}-{residues}", run) for name, run in ways.items()}
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    report(curves, baselines(corpus), arguments.out, residues)
+
+
+def kept(place: Path, run: Callable[[Path], list[Point]]) -> list[Point]:
+    """The curve that an earlier start left at this place, or a new one."""
+    file = place / "curve.json"
+    if not file.exists():
+        place.mkdir(exist_ok=True)
+        points = run(place)
+        file.write_text(json.dumps([vars(point) for point in points]))
+    return [Point(**point) for point in json.loads(file.read_text())]
 
 
 def mean_residues(corpus: Path) -> float:
