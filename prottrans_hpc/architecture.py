@@ -139,7 +139,8 @@ class Architecture:
     """ "module:function" of `(shape) -> torch.nn.Module`, whose forward maps a Batch to a LossSum (connected to every
     parameter that requires a gradient, for an empty batch too), whose `hidden(batch)` gives the last hidden states,
     [T, width], whose `logits(hidden)` gives scores over the vocabulary, and whose `initialise(seed)` draws the starting
-    weights: they are undefined before it or `load_state_dict`. Weights that the objective cannot train are parameters
+    weights: they are undefined before it or `load_state_dict`. Its attribute `recompute_every` (int, 0 at first) says that
+    every n-th layer is to be computed again for the gradient instead of being kept. Weights that the objective cannot train are parameters
     with requires_grad False: saved and exported, never updated or reduced."""
     huggingface: str
     """ "module:attribute" of the `HuggingFaceLayout` for export and import; "" where there is none."""

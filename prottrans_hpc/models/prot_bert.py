@@ -21,6 +21,7 @@ from ..architectures.prot_bert import BertShape
 from ..errors import ConfigError
 from . import attention
 from .attention import Attend
+from .layers import build_empty, compute_dtype, run_layer, table
 
 
 class Embeddings(nn.Module):
@@ -28,20 +29,15 @@ class Embeddings(nn.Module):
 
     def __init__(self, shape: BertShape) -> None:
         super().__init__()
-        self.words = _table(shape.vocabulary_size, shape.hidden_size)
-        self.positions = _table(shape.max_positions, shape.hidden_size)
-        self.token_types = _table(shape.num_token_types, shape.hidden_size)
+        self.words = table(shape.vocabulary_size, shape.hidden_size)
+        self.positions = table(shape.max_positions, shape.hidden_size)
+        self.token_types = table(shape.num_token_types, shape.hidden_size)
         self.norm = nn.LayerNorm(shape.hidden_size, eps=shape.layer_norm_epsilon)
 
     def forward(self, tokens_T: Tensor, positions_T: Tensor) -> Tensor:
         """The input of the first layer, [T, W]."""
         result: Tensor = self.norm(self.words(tokens_T) + self.token_types.weight[0] + self.positions(positions_T))
         return result
-
-
-def _table(num_rows: int, width: int) -> nn.Embedding:
-    # Given its weight, it draws none: on the meta device that would import torch's compiler, seconds at every start.
-    return nn.Embedding(num_rows, width, _weight=torch.empty(num_rows, width))
 
 
 class Layer(nn.Module):
@@ -85,12 +81,17 @@ class MaskedHead(nn.Module):
 
 
 class ProtBert(nn.Module):
-    """The encoder with its heads. `backend` (a key of `attention.BACKENDS`) overrules the choice of attention."""
+    """The encoder with its heads.
+
+    `backend` (a key of `attention.BACKENDS`) overrules the choice of attention; every `recompute_every`-th layer is
+    computed again for the gradient instead of being kept (0: none).
+    """
 
     def __init__(self, shape: BertShape) -> None:
         super().__init__()
         self.shape = shape
         self.backend: str | None = None
+        self.recompute_every = 0
         self.embeddings = Embeddings(shape)
         self.layers = nn.ModuleList(Layer(shape) for _ in range(shape.num_layers))
         self.head = MaskedHead(shape)
@@ -120,10 +121,10 @@ class ProtBert(nn.Module):
             raise ConfigError(f"a sequence has {batch.max_length} tokens, special ones included; this model has {self.shape.max_positions} positions")
         hidden_TW: Tensor = self.embeddings(batch.tokens, batch.positions)
         yield hidden_TW
-        dtype = _compute_dtype(hidden_TW)
+        dtype = compute_dtype(hidden_TW)
         attend = attention.prepare(batch.cu_seqlens, batch.max_length, dtype=dtype, backend=self.backend)
-        for layer in self.layers:
-            hidden_TW = layer(hidden_TW, attend, dtype)
+        for index, layer in enumerate(self.layers):
+            hidden_TW = run_layer(index, self.recompute_every, layer, hidden_TW, attend, dtype)
             yield hidden_TW
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -142,18 +143,6 @@ class ProtBert(nn.Module):
                 parameter.fill_(0.0 if name.endswith("bias") else 1.0)
 
 
-def _compute_dtype(hidden: Tensor) -> torch.dtype:
-    kind = hidden.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-
-
 def build(shape: BertShape) -> ProtBert:
     """The modules on torch's default device; the weights are undefined until `initialise` or `load_state_dict`."""
-    device = torch.get_default_device()
-    with torch.device("meta"):  # spares the default initialisation, seconds for the published sizes
-        module = ProtBert(shape)
-    if device.type == "meta":
-        return module
-    # Not to_empty(): on meta tensors that takes a path through torch which imports sympy, a second at every start.
-    module._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device=device))  # type: ignore[no-untyped-call] # of torch
-    return module
+    return build_empty(lambda: ProtBert(shape))
