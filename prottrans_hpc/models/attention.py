@@ -28,10 +28,15 @@ Prepare = Callable[[Tensor, int], Attend]
 _FLEX_BLOCK = 128
 
 
-def prepare(cu_seqlens: Tensor, max_length: int, *, dtype: torch.dtype, backend: str | None = None) -> Attend:
-    """The attention of one packed batch. `dtype` is that of the queries; `backend` is a key of BACKENDS, None chooses."""
+def prepare(cu_seqlens: Tensor, max_length: int, *, dtype: torch.dtype, backend: str | None = None, dropout: float = 0.0) -> Attend:
+    """The attention of one packed batch. `dtype` is that of the queries; `backend` is a key of BACKENDS, None chooses.
+
+    With `dropout` that share of the attention weights is set to 0, others at every call; one back end alone has that.
+    """
     if max_length == 0:
         return _attend_nothing
+    if dropout > 0.0:
+        return _per_sequence(cu_seqlens, max_length, dropout)
     return BACKENDS[backend or choose(cu_seqlens.device.type, dtype)](cu_seqlens, max_length)
 
 
@@ -112,19 +117,20 @@ def _flex(cu_seqlens: Tensor, _max_length: int) -> Attend:
     return attend
 
 
-def _per_sequence(cu_seqlens: Tensor, _max_length: int) -> Attend:
+def _per_sequence(cu_seqlens: Tensor, _max_length: int, dropout: float = 0.0) -> Attend:
     """The fused kernel of torch, one call a sequence: no padding, nothing computed twice."""
     lengths = cu_seqlens.diff().tolist()
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         parts = zip(*(torch.split(part, lengths) for part in (query, key, value)), strict=True)
-        return torch.cat([_attend_rows(q[None], k[None], v[None])[0] for q, k, v in parts])
+        return torch.cat([_attend_rows(q[None], k[None], v[None], dropout)[0] for q, k, v in parts])
 
     return attend
 
 
-def _attend_rows(query_SLHD: Tensor, key_SLHD: Tensor, value_SLHD: Tensor) -> Tensor:
-    return functional.scaled_dot_product_attention(query_SLHD.transpose(1, 2), key_SLHD.transpose(1, 2), value_SLHD.transpose(1, 2)).transpose(1, 2)
+def _attend_rows(query_SLHD: Tensor, key_SLHD: Tensor, value_SLHD: Tensor, dropout: float = 0.0) -> Tensor:
+    query, key, value = (part.transpose(1, 2) for part in (query_SLHD, key_SLHD, value_SLHD))
+    return functional.scaled_dot_product_attention(query, key, value, dropout_p=dropout).transpose(1, 2)
 
 
 def _bucketed(cu_seqlens: Tensor, _max_length: int) -> Attend:

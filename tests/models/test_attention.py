@@ -139,3 +139,17 @@ def test_back_ends_agree_on_a_gpu_in_half_precision(backend, lengths, dtype):
     narrow = [part.detach().to(dtype).requires_grad_() for part in parts]
     size = max(part.abs().max().item() for part in exact)
     assert largest_difference(outcome(backend, narrow, cu_seqlens), exact) <= 0.02 * size
+
+
+def test_dropout_leaves_the_mean_as_it_is_and_never_crosses_a_border():
+    parts, cu_seqlens = packed([20, 31, 20])
+    plain = attention.prepare(cu_seqlens, 31, dtype=torch.float32)(*parts)
+    dropping = attention.prepare(cu_seqlens, 31, dtype=torch.float32, dropout=0.2)
+    torch.manual_seed(1)
+    drawn = torch.stack([dropping(*parts) for _ in range(400)])
+    assert not torch.equal(drawn[0], drawn[1])
+    error = drawn.std(dim=0) / 400**0.5
+    assert ((drawn.mean(dim=0) - plain).abs() <= 6 * error).all()
+    others = [torch.cat([part[:20].detach(), torch.full_like(part[20:], 1e3)]) for part in parts]
+    torch.manual_seed(1)
+    assert torch.equal(dropping(*others)[:20], drawn[0][:20])
