@@ -23,11 +23,11 @@ from pathlib import Path
 import hardware
 import torch
 
-from prottrans_hpc.recipe import Optimizer
+from prottrans_hpc.recipe_optimizers import Lamb
 from prottrans_hpc.train import kernel, lamb, optim
 
 RESULTS = Path(__file__).parent / "results"
-SETTINGS = Optimizer(name="lamb", learning_rate=1e-3)
+SETTINGS = Lamb(learning_rate=1e-3)
 FEWEST_BYTES, BYTES_OF_ADAMW = 32, 28
 Step = Callable[[], None]
 

@@ -11,9 +11,10 @@ from typing import Any, Literal
 from pydantic.dataclasses import dataclass
 
 from . import config
-from .config import STRICT, Count, Fraction, Natural, NonNegative, Positive
+from .config import STRICT, Count, Fraction, Natural, Positive
 from .errors import ConfigError
 from .recipe_objectives import Masked, Objective
+from .recipe_optimizers import Optimizer
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -48,25 +49,6 @@ class Phase:
             raise ValueError("give either global_batch_size or global_batch_residues, not both and not neither")
         if self.warmup_steps > self.steps:
             raise ValueError(f"warmup_steps {self.warmup_steps} exceeds steps {self.steps}")
-
-
-@dataclass(frozen=True, config=STRICT)
-class Optimizer:
-    """Which optimizer, and its numbers."""
-
-    name: Literal["lamb", "adamw"]
-    learning_rate: Positive
-    weight_decay: NonNegative = 0.01
-    """Decoupled; never applied to biases and norm weights."""
-    beta1: float = 0.9
-    beta2: float = 0.999
-    epsilon: Positive = 1e-6
-    clip_norm: NonNegative = 1.0
-    """Largest global L2 norm of the gradient; 0 switches clipping off."""
-
-    def __post_init__(self) -> None:
-        if not (0.0 <= self.beta1 < 1.0 and 0.0 <= self.beta2 < 1.0):
-            raise ValueError("beta1 and beta2 must be at least 0 and below 1")
 
 
 @dataclass(frozen=True, config=STRICT)

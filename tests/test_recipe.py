@@ -41,7 +41,7 @@ def test_settings_reach_every_section():
         ("objective.mask_share=0.95", "exceed 1 together"),
         ("objective.random_share=-0.1", "objective.random_share = -0.1"),
         ("objective.name=telepathy", "objective.name = 'telepathy'"),
-        ("optimizer.name=sgd", "'lamb' or 'adamw'"),
+        ("optimizer.name=sgd", "known are lamb, adamw, adam, adafactor"),
         ("optimizer.learning_rate=-1.0", "optimizer.learning_rate = -1.0"),
         ("optimizer.learning_rate=nan", "finite"),
         ("optimizer.beta1=1.0", "beta1 and beta2"),

@@ -23,10 +23,11 @@ MARGIN = 0.10
 """Share of a GPU's, or a node's, memory that is not planned with."""
 
 _WEIGHT = 4
-_STATE = {"lamb": 8, "adamw": 8}
-"""Bytes a parameter of an optimizer's state: two moments in fp32."""
-_UPDATE = {"lamb": 12, "adamw": 0}
-"""Bytes a parameter that an update on a GPU needs for a moment: LAMB's scaled gradients, denominators and directions."""
+_STATE = {"lamb": 8.0, "adamw": 8.0, "adam": 8.0, "adafactor": 0.2}
+"""Bytes a parameter of an optimizer's state: two moments in fp32, or a number a row and a column of matrices at least 64 wide."""
+_UPDATE = {"lamb": 12.0, "adamw": 0.0, "adam": 0.0, "adafactor": 1.0}
+"""Bytes a parameter that an update on a GPU needs for a moment: LAMB's scaled gradients, denominators and directions; Adafactor's directions
+of the largest tensor (a position table of ProtBert's has a tenth of all parameters, twice 4 bytes)."""
 _CAST = {"fp32": 0, "bf16": 2}
 """Bytes a parameter of the copies that autocast keeps of the weights during a step."""
 _MOST_WRITERS = 64
@@ -120,11 +121,11 @@ def _need(recipe: Recipe, chosen: Architecture, shape: Any, residues: list[int],
     return MemoryNeed(
         parameters=_WEIGHT * count,
         gradients=_WEIGHT * count,
-        optimizer=_STATE[recipe.optimizer.name] * count,
+        optimizer=round(_STATE[recipe.optimizer.name] * count),
         cast_weights=_CAST[recipe.precision] * count,
         activations=max(activations),
-        update=_UPDATE[recipe.optimizer.name] * count if on_gpu else 0,
-        checkpoint=0 if on_gpu else (_WEIGHT + _STATE[recipe.optimizer.name]) * count // min(num_ranks, _MOST_WRITERS),
+        update=round(_UPDATE[recipe.optimizer.name] * count) if on_gpu else 0,
+        checkpoint=0 if on_gpu else round((_WEIGHT + _STATE[recipe.optimizer.name]) * count) // min(num_ranks, _MOST_WRITERS),
     )
 
 

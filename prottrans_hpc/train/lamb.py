@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .. import recipe
+from .. import recipe_optimizers
 from . import kernel
 from .optim import decays, load_into
 
@@ -63,7 +63,7 @@ class Update:
 class Lamb:
     """LAMB on whatever the parameters are on."""
 
-    def __init__(self, parameters: dict[str, Tensor], settings: recipe.Optimizer) -> None:
+    def __init__(self, parameters: dict[str, Tensor], settings: recipe_optimizers.Lamb) -> None:
         self._settings = settings
         self._num_updates = torch.zeros((), dtype=torch.int64)
         self._slots = {name: Slot(p, torch.zeros_like(p), torch.zeros_like(p), decays(name, p)) for name, p in parameters.items()}

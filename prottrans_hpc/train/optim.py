@@ -1,4 +1,4 @@
-"""Optimizers: what they share, the global norm of the gradients, and AdamW; LAMB stands in `lamb`.
+"""Optimizers: what they share, the global norm of the gradients, and Adam; LAMB and Adafactor stand in modules of their names.
 
 A step is: `measure_gradients` (one sweep, reads only), a decision whether the norm is finite, then
 `optimizer.step(learning_rate, gradient_factor)`. The factor carries normalisation by the global count of targets and
@@ -10,12 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from .. import recipe
+from .. import recipe_optimizers
 from ..errors import CheckpointError
 from . import kernel
 
@@ -76,11 +76,12 @@ def decays(name: str, parameter: Tensor) -> bool:
     return parameter.ndim > 1 and not name.endswith(".bias")
 
 
-def build_optimizer(named_parameters: NamedParameters, settings: recipe.Optimizer) -> Optimizer:
+def build_optimizer(named_parameters: NamedParameters, settings: recipe_optimizers.Optimizer) -> Optimizer:
     """The recipe's optimizer for all parameters that require gradients; allocates its state."""
-    from .lamb import Lamb  # after this module's own names, which it uses
+    from .adafactor import Adafactor  # after this module's own names, which they use
+    from .lamb import Lamb
 
-    optimizers: dict[str, Callable[[dict[str, Tensor], recipe.Optimizer], Optimizer]] = {"lamb": Lamb, "adamw": AdamW}
+    optimizers: dict[str, Callable[[dict[str, Tensor], Any], Optimizer]] = {"lamb": Lamb, "adamw": AdamW, "adam": Adam, "adafactor": Adafactor}
     return optimizers[settings.name]({name: parameter for name, parameter in named_parameters if parameter.requires_grad}, settings)
 
 
@@ -102,12 +103,14 @@ def load_into(own: Mapping[str, Tensor], state: Mapping[str, Tensor], *, optimiz
 class AdamW:
     """Adam with decoupled weight decay (Loshchilov and Hutter 2019, algorithm 2), by torch's fused kernel."""
 
-    def __init__(self, parameters: dict[str, Tensor], settings: recipe.Optimizer) -> None:
+    _KIND: type[torch.optim.Adam] = torch.optim.AdamW
+
+    def __init__(self, parameters: dict[str, Tensor], settings: recipe_optimizers.AdamW | recipe_optimizers.Adam) -> None:
         self._parameters = parameters
         with_decay = [parameter for name, parameter in parameters.items() if decays(name, parameter)]
         without = [parameter for name, parameter in parameters.items() if not decays(name, parameter)]
         groups = [{"params": with_decay, "weight_decay": settings.weight_decay}, {"params": without, "weight_decay": 0.0}]
-        self._adamw = torch.optim.AdamW(
+        self._adam = self._KIND(
             [group for group in groups if group["params"]],
             lr=settings.learning_rate,
             betas=(settings.beta1, settings.beta2),
@@ -117,7 +120,7 @@ class AdamW:
         self._num_updates = torch.zeros((), dtype=torch.int64)
         for parameter in parameters.values():
             # torch would make this in its first step; a resume needs somewhere to copy to before that.
-            self._adamw.state[parameter] = {
+            self._adam.state[parameter] = {
                 "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
                 "exp_avg": torch.zeros_like(parameter),
                 "exp_avg_sq": torch.zeros_like(parameter),
@@ -128,21 +131,27 @@ class AdamW:
         """One update; the gradients are scaled in place."""
         if gradient_factor != 1.0:
             torch._foreach_mul_([parameter.grad for parameter in self._parameters.values() if parameter.grad is not None], gradient_factor)
-        for group in self._adamw.param_groups:
+        for group in self._adam.param_groups:
             group["lr"] = learning_rate
-        self._adamw.step()
+        self._adam.step()
         self._num_updates += 1
 
     def state_dict(self) -> dict[str, Tensor]:
         """First and second moments, and the number of updates."""
         state = {"num_updates": self._num_updates}
         for name, parameter in self._parameters.items():
-            state[f"exp_avg.{name}"] = self._adamw.state[parameter]["exp_avg"]
-            state[f"exp_avg_sq.{name}"] = self._adamw.state[parameter]["exp_avg_sq"]
+            state[f"exp_avg.{name}"] = self._adam.state[parameter]["exp_avg"]
+            state[f"exp_avg_sq.{name}"] = self._adam.state[parameter]["exp_avg_sq"]
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Copy a saved state in. Raises CheckpointError."""
-        load_into(self.state_dict(), state, optimizer="AdamW")
+        load_into(self.state_dict(), state, optimizer=type(self).__name__)
         for parameter in self._parameters.values():
-            self._adamw.state[parameter]["step"].fill_(float(self._num_updates.item()))
+            self._adam.state[parameter]["step"].fill_(float(self._num_updates.item()))
+
+
+class Adam(AdamW):
+    """Kingma and Ba 2015, algorithm 1; weight decay is added to the gradient (L2)."""
+
+    _KIND = torch.optim.Adam

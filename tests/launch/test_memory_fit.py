@@ -32,7 +32,7 @@ def machine(**node: Any) -> Machine:
     return config.parse(Machine, values | {"ranks_per_node": node.get("num_gpus", 1), "node": {"num_cpu_cores": 8} | node}, source="test")
 
 
-@pytest.mark.parametrize("optimizer", ["lamb", "adamw"])
+@pytest.mark.parametrize("optimizer", ["lamb", "adamw", "adam", "adafactor"])
 def test_weights_gradients_and_state_are_as_large_as_torch_makes_them(optimizer: str) -> None:
     import torch
 
@@ -48,7 +48,11 @@ def test_weights_gradients_and_state_are_as_large_as_torch_makes_them(optimizer:
     assert need.gradients == need.parameters
     held = sum(tensor.nbytes for name, tensor in state.items() if name != "num_updates")
     trained = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
-    assert held == 2 * trained <= need.optimizer == 2 * need.parameters, "weights that are not trained are planned for, too"
+    assert held <= need.optimizer, "weights that are not trained are planned for, too"
+    if optimizer == "adafactor":
+        assert need.optimizer < trained / 10
+    else:
+        assert held == 2 * trained and need.optimizer == 2 * need.parameters
     assert isinstance(state["num_updates"], torch.Tensor)
 
 
@@ -58,12 +62,14 @@ def test_weights_gradients_and_state_are_as_large_as_torch_makes_them(optimizer:
         ((), {}),
         (("precision=bf16",), {"cast_weights": 2}),
         (("optimizer.name=adamw",), {"update": 0}),
+        (("optimizer.name=adam",), {"update": 0}),
+        (("optimizer.name=adafactor",), {"update": 1, "optimizer": 0.2}),
     ],
 )
-def test_bytes_a_parameter(settings: tuple[str, ...], changes: dict[str, int]) -> None:
+def test_bytes_a_parameter(settings: tuple[str, ...], changes: dict[str, float]) -> None:
     need, count = need_of(read_recipe("prot_bert_bfd", settings), num_ranks=5616), 420_984_864
-    expected = {"parameters": 4, "gradients": 4, "optimizer": 8, "cast_weights": 0, "update": 12} | changes
-    assert {name: getattr(need, name) / count for name in expected} == expected
+    expected: dict[str, float] = {"parameters": 4, "gradients": 4, "optimizer": 8, "cast_weights": 0, "update": 12} | changes
+    assert {name: getattr(need, name) / count for name in expected} == pytest.approx(expected)
     assert need.peak == need.fixed + max(need.cast_weights + need.activations, need.update)
 
 

@@ -13,12 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prottrans_hpc.errors import CheckpointError
-from prottrans_hpc.recipe import Optimizer
+from prottrans_hpc.recipe_optimizers import Adafactor, Adam, AdamW, Lamb
 from prottrans_hpc.train import kernel, lamb, optim
 
 SHAPES = {"dense.weight": (37, 53), "dense.bias": (53,), "norm.weight": (53,), "zero.weight": (4, 6), "table.weight": (300, 129), "one.weight": (1, 1)}
-LAMB = Optimizer(name="lamb", learning_rate=1e-2, weight_decay=0.01)
-ADAMW = Optimizer(name="adamw", learning_rate=1e-2, weight_decay=0.1)
+LAMB = Lamb(learning_rate=1e-2, weight_decay=0.01)
+ADAMW = AdamW(learning_rate=1e-2, weight_decay=0.1)
+ADAM = Adam(learning_rate=1e-2, weight_decay=0.1)
+ADAFACTOR = Adafactor(learning_rate=1e-2)
+ALL = [LAMB, ADAMW, ADAM, ADAFACTOR]
 WAYS = ["kernel", "loop", "foreach"]
 
 
@@ -164,26 +167,29 @@ def assert_same_steps(ours, parameters, theirs, theirs_parameters):
         torch.testing.assert_close(parameter, theirs_parameters[name], rtol=2e-5, atol=2e-7, msg=name)
 
 
-def test_adamw_is_the_published_one():
+@pytest.mark.parametrize("chosen", [ADAMW, ADAM], ids=lambda chosen: chosen.name)
+def test_adam_is_the_published_one_with_its_decay_beside_or_in_the_gradient(chosen):
     parameters = make_parameters(2)
     exact = {name: p.detach().double().numpy().copy() for name, p in parameters.items()}
     m = {name: np.zeros_like(x) for name, x in exact.items()}
     v = {name: np.zeros_like(x) for name, x in exact.items()}
-    optimizer = optim.build_optimizer(parameters.items(), ADAMW)
+    optimizer = optim.build_optimizer(parameters.items(), chosen)
     for step in range(10):
         set_gradients(parameters, step)
         gradients = {name: p.grad.double().numpy() * 0.25 for name, p in parameters.items()}
         optimizer.step(1e-3, 0.25)
         for name, g in gradients.items():
+            decay = 0.1 * exact[name] if exact[name].ndim > 1 else 0.0
+            g = g + decay if chosen is ADAM else g
             m[name] = 0.9 * m[name] + 0.1 * g
             v[name] = 0.999 * v[name] + 0.001 * g * g
-            direction = (m[name] / (1 - 0.9 ** (step + 1))) / (np.sqrt(v[name] / (1 - 0.999 ** (step + 1))) + ADAMW.epsilon)
-            exact[name] -= 1e-3 * (direction + (0.1 * exact[name] if exact[name].ndim > 1 else 0.0))
+            direction = (m[name] / (1 - 0.9 ** (step + 1))) / (np.sqrt(v[name] / (1 - 0.999 ** (step + 1))) + chosen.epsilon)
+            exact[name] -= 1e-3 * (direction if chosen is ADAM else direction + decay)
     for name, parameter in parameters.items():
         assert np.abs(parameter.detach().numpy() - exact[name]).max() < 2e-6, name
 
 
-@pytest.mark.parametrize("chosen", [LAMB, ADAMW], ids=lambda chosen: chosen.name)
+@pytest.mark.parametrize("chosen", ALL, ids=lambda chosen: chosen.name)
 def test_a_run_that_goes_on_from_saved_state_has_the_same_bits(chosen, tmp_path):
     from safetensors.torch import load_file, save_file
 
@@ -210,7 +216,7 @@ def test_hyper_parameters_come_from_the_recipe_and_not_from_a_saved_state():
     assert {name.partition(".")[0] for name in names} == {"num_updates", "exp_avg", "exp_avg_sq"}
 
 
-@pytest.mark.parametrize("chosen", [LAMB, ADAMW], ids=lambda chosen: chosen.name)
+@pytest.mark.parametrize("chosen", [LAMB, ADAMW, ADAM], ids=lambda chosen: chosen.name)
 def test_a_state_of_another_model_is_refused_by_name_and_changes_nothing(chosen):
     optimizer = optim.build_optimizer(make_parameters().items(), chosen)
     good = {name: torch.ones_like(tensor) for name, tensor in optimizer.state_dict().items()}
@@ -317,7 +323,7 @@ def test_the_kernel_refuses_tables_that_do_not_match():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("chosen", [LAMB, ADAMW], ids=lambda chosen: chosen.name)
+@pytest.mark.parametrize("chosen", ALL, ids=lambda chosen: chosen.name)
 def test_a_gpu_takes_the_same_steps(chosen):
     results = []
     for device in ("cpu", "cuda"):

@@ -7,7 +7,8 @@ import math
 
 import pytest
 
-from prottrans_hpc.recipe import ArchitectureChoice, Checkpointing, Optimizer, Phase, Recipe, Schedule
+from prottrans_hpc.recipe import ArchitectureChoice, Checkpointing, Phase, Recipe, Schedule
+from prottrans_hpc.recipe_optimizers import Lamb
 from prottrans_hpc.train.schedule import DECAYS, learning_rate, phase_of
 
 
@@ -16,7 +17,7 @@ def recipe(*phases, decay="linear", final_fraction=0.0, peak=2e-3):
         description="test",
         architecture=ArchitectureChoice("prot_bert", "tiny"),
         phases=phases,
-        optimizer=Optimizer(name="lamb", learning_rate=peak),
+        optimizer=Lamb(learning_rate=peak),
         checkpoint=Checkpointing(every_steps=10),
         schedule=Schedule(decay=decay, final_fraction=final_fraction),
     )
