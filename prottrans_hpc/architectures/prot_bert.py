@@ -11,10 +11,7 @@ from pydantic.dataclasses import dataclass
 
 from ..architecture import Architecture, Size, Vocabulary
 from ..config import STRICT
-from ..errors import ConfigError
-
-MASKED_FRACTION = 0.15
-"""Share of the tokens that the prediction head is counted for: the published objective's."""
+from . import post_norm
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -39,11 +36,8 @@ class BertShape:
     """Heads of the published weights that masked training leaves alone; an imported model may lack them."""
 
     def __post_init__(self) -> None:
-        counts = (self.num_layers, self.hidden_size, self.intermediate_size, self.num_heads, self.max_positions, self.vocabulary_size, self.num_token_types)
-        if min(counts) < 1:
-            raise ValueError("layers, sizes, heads, positions, vocabulary and token types must be at least 1")
-        if self.hidden_size % self.num_heads:
-            raise ValueError(f"hidden_size {self.hidden_size} must be a multiple of num_heads {self.num_heads}")
+        counts = (self.num_layers, self.intermediate_size, self.max_positions, self.vocabulary_size, self.num_token_types)
+        post_norm.check(self.hidden_size, self.num_heads, *counts)
 
     @property
     def head_size(self) -> int:
@@ -53,13 +47,11 @@ class BertShape:
 
 def num_parameters(shape: BertShape) -> int:
     """Parameters of the encoder and its heads; the word table serves as decoder too and is counted once."""
-    width, inner = shape.hidden_size, shape.intermediate_size
-    norm = 2 * width
-    dense = width * width + width
-    embeddings = (shape.vocabulary_size + shape.max_positions + shape.num_token_types) * width + norm
-    layer = 4 * dense + norm + (width * inner + inner) + (inner * width + width) + norm
-    heads = (dense + norm + shape.vocabulary_size) + shape.has_pooler * dense + shape.has_next_sentence * (2 * width + 2)
-    return embeddings + shape.num_layers * layer + heads
+    width = shape.hidden_size
+    embeddings = (shape.vocabulary_size + shape.max_positions + shape.num_token_types) * width + 2 * width
+    unused = shape.has_pooler * (width * width + width) + shape.has_next_sentence * (2 * width + 2)
+    layers = shape.num_layers * post_norm.layer_parameters(width, shape.intermediate_size)
+    return embeddings + layers + post_norm.head_parameters(width, width, shape.vocabulary_size) + unused
 
 
 def flops(shape: BertShape, lengths: Sequence[int]) -> float:
@@ -69,12 +61,9 @@ def flops(shape: BertShape, lengths: Sequence[int]) -> float:
     the convention of model-FLOP utilisation. The prediction head is counted for 15 % of the tokens.
     """
     width = shape.hidden_size
-    num_tokens = float(sum(lengths))
-    squares = float(sum(length * length for length in lengths))
-    linear = num_tokens * (4 * width * width + 2 * width * shape.intermediate_size)
-    attention = 2 * squares * width
-    head = MASKED_FRACTION * num_tokens * (width * width + width * shape.vocabulary_size)
-    return 3 * 2 * (shape.num_layers * (linear + attention) + head)
+    layers = shape.num_layers * post_norm.layer_products(width, shape.intermediate_size, lengths)
+    head = post_norm.MASKED_FRACTION * float(sum(lengths)) * post_norm.head_products(width, width, shape.vocabulary_size)
+    return 3 * 2 * (layers + head)
 
 
 def activation_bytes(shape: BertShape, lengths: Sequence[int], precision: str) -> int:
@@ -84,19 +73,10 @@ def activation_bytes(shape: BertShape, lengths: Sequence[int], precision: str) -
     against saved tensors to 2 % where attention is one kernel a sequence or the plain products.
     Raises ConfigError for another precision.
     """
-    if precision not in ("fp32", "bf16"):
-        raise ConfigError(f"no activation arithmetic for the precision {precision!r}; known are fp32 and bf16")
-    width, inner, norm = shape.hidden_size, shape.intermediate_size, 8
-    if precision == "fp32":
-        # Inputs of the linear and norm layers (5), query, key, value and result of the attention; both sides of the GELU.
-        layer = 4 * (9 * width + 2 * inner + shape.num_heads) + 2 * norm
-        head = 4 * (4 * width + shape.vocabulary_size) + norm
-    else:
-        # As above in half the bytes, but the norms' inputs are fp32 and the packed attention result is kept once.
-        layer = 2 * (6 * width + 2 * inner) + 4 * (2 * width + shape.num_heads) + 2 * norm
-        head = 2 * 4 * width + 4 * shape.vocabulary_size + norm
-    embeddings = 4 * width + norm + 2 * 8  # the two index vectors are int64
-    return round(sum(lengths) * (shape.num_layers * layer + embeddings + MASKED_FRACTION * head))
+    width = shape.hidden_size
+    layer = post_norm.layer_bytes(width, shape.intermediate_size, shape.num_heads, precision)
+    head = post_norm.head_bytes(width, width, shape.vocabulary_size, precision)
+    return round(sum(lengths) * (shape.num_layers * layer + post_norm.embedding_bytes(width) + post_norm.MASKED_FRACTION * head))
 
 
 _PUBLISHED = BertShape(num_layers=30, hidden_size=1024, intermediate_size=4096, num_heads=16)

@@ -5,79 +5,21 @@ no padding, and the prediction head only where a target is. Masked training has 
 next-sentence head of the published weights, so their parameters have requires_grad False: they take no gradient,
 no optimizer state and no communication, and an imported model is exported with them unchanged.
 
-Shapes: T tokens, M targets, W width of the hidden states, H heads, D width of a head.
+Shapes: T tokens, M targets, W width of the hidden states.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from ..architecture import Batch, LossSum
 from ..architectures.prot_bert import BertShape
-from ..errors import ConfigError
-from . import attention
-from .attention import Attend
-from .layers import build_empty, compute_dtype, run_layer, table
-
-
-class Embeddings(nn.Module):
-    """Residue + position + segment 0, normalised."""
-
-    def __init__(self, shape: BertShape) -> None:
-        super().__init__()
-        self.words = table(shape.vocabulary_size, shape.hidden_size)
-        self.positions = table(shape.max_positions, shape.hidden_size)
-        self.token_types = table(shape.num_token_types, shape.hidden_size)
-        self.norm = nn.LayerNorm(shape.hidden_size, eps=shape.layer_norm_epsilon)
-
-    def forward(self, tokens_T: Tensor, positions_T: Tensor) -> Tensor:
-        """The input of the first layer, [T, W]."""
-        result: Tensor = self.norm(self.words(tokens_T) + self.token_types.weight[0] + self.positions(positions_T))
-        return result
-
-
-class Layer(nn.Module):
-    """Attention and feed-forward part, each added to its input and then normalised."""
-
-    def __init__(self, shape: BertShape) -> None:
-        super().__init__()
-        width, inner = shape.hidden_size, shape.intermediate_size
-        self.num_heads = shape.num_heads
-        self.query = nn.Linear(width, width)
-        self.key = nn.Linear(width, width)
-        self.value = nn.Linear(width, width)
-        self.attention_output = nn.Linear(width, width)
-        self.attention_norm = nn.LayerNorm(width, eps=shape.layer_norm_epsilon)
-        self.up = nn.Linear(width, inner)
-        self.down = nn.Linear(inner, width)
-        self.output_norm = nn.LayerNorm(width, eps=shape.layer_norm_epsilon)
-
-    def forward(self, hidden_TW: Tensor, attend: Attend, dtype: torch.dtype) -> Tensor:
-        """Hidden states in, hidden states out, [T, W]; `dtype` is that of the matrix products."""
-        narrow_TW = hidden_TW.to(dtype)  # once, where autocast would cast and keep a copy for each of the three
-        query, key, value = (linear(narrow_TW).unflatten(-1, (self.num_heads, -1)) for linear in (self.query, self.key, self.value))
-        attended_TW = attend(query, key, value).flatten(1)
-        hidden_TW = self.attention_norm(self.attention_output(attended_TW) + hidden_TW)
-        result: Tensor = self.output_norm(self.down(functional.gelu(self.up(hidden_TW))) + hidden_TW)
-        return result
-
-
-class MaskedHead(nn.Module):
-    """Scores over the vocabulary; the word table is the last matrix (weight tying)."""
-
-    def __init__(self, shape: BertShape) -> None:
-        super().__init__()
-        self.dense = nn.Linear(shape.hidden_size, shape.hidden_size)
-        self.norm = nn.LayerNorm(shape.hidden_size, eps=shape.layer_norm_epsilon)
-        self.bias = nn.Parameter(torch.empty(shape.vocabulary_size))
-
-    def forward(self, hidden_MW: Tensor, words_VW: Tensor) -> Tensor:
-        """Scores, [M, V]."""
-        return functional.linear(self.norm(functional.gelu(self.dense(hidden_MW))), words_VW, self.bias)
+from . import attention, encoder
+from .encoder import Embeddings, Layer, ResidueHead
+from .layers import build_empty, compute_dtype, run_layer
 
 
 class ProtBert(nn.Module):
@@ -92,13 +34,14 @@ class ProtBert(nn.Module):
         self.shape = shape
         self.backend: str | None = None
         self.recompute_every = 0
-        self.embeddings = Embeddings(shape)
-        self.layers = nn.ModuleList(Layer(shape) for _ in range(shape.num_layers))
-        self.head = MaskedHead(shape)
+        width, words, epsilon = shape.hidden_size, shape.vocabulary_size, shape.layer_norm_epsilon
+        self.embeddings = Embeddings(width, vocabulary_size=words, max_positions=shape.max_positions, num_token_types=shape.num_token_types, epsilon=epsilon)
+        self.layers = nn.ModuleList(Layer(width, shape.intermediate_size, num_heads=shape.num_heads, epsilon=epsilon) for _ in range(shape.num_layers))
+        self.head = ResidueHead(width, width, vocabulary_size=words, epsilon=epsilon)
         if shape.has_pooler:
-            self.pooler = nn.Linear(shape.hidden_size, shape.hidden_size).requires_grad_(False)
+            self.pooler = nn.Linear(width, width).requires_grad_(False)
         if shape.has_next_sentence:
-            self.next_sentence = nn.Linear(shape.hidden_size, 2).requires_grad_(False)
+            self.next_sentence = nn.Linear(width, 2).requires_grad_(False)
 
     def forward(self, batch: Batch) -> LossSum:
         """Summed negative log likelihood of the targets, nats; 0 and connected to every trained parameter without any."""
@@ -117,8 +60,7 @@ class ProtBert(nn.Module):
         return list(self._states(batch))
 
     def _states(self, batch: Batch) -> Iterator[Tensor]:
-        if batch.max_length > self.shape.max_positions:
-            raise ConfigError(f"a sequence has {batch.max_length} tokens, special ones included; this model has {self.shape.max_positions} positions")
+        self.embeddings.check(batch)
         hidden_TW: Tensor = self.embeddings(batch.tokens, batch.positions)
         yield hidden_TW
         dtype = compute_dtype(hidden_TW)
@@ -132,15 +74,9 @@ class ProtBert(nn.Module):
         result: Tensor = self.head(hidden, self.embeddings.words.weight)
         return result
 
-    @torch.no_grad()
     def initialise(self, seed: int) -> None:
         """Draw the starting weights: normal matrices and tables, zero biases, unit norms; equal on every device type."""
-        generator = torch.Generator().manual_seed(seed)
-        for name, parameter in self.named_parameters():
-            if parameter.ndim > 1:
-                parameter.copy_(torch.empty(parameter.shape).normal_(0.0, self.shape.initializer_range, generator=generator))
-            else:
-                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+        encoder.initialise(self, seed, spread=self.shape.initializer_range)
 
 
 def build(shape: BertShape) -> ProtBert:
