@@ -18,7 +18,10 @@ from .errors import ConfigError
 from .stage import find
 
 ENTRY_POINT_GROUP = "prottrans_hpc.architectures"
-BUILT_IN = {"prot_bert": "prottrans_hpc.architectures.prot_bert:ARCHITECTURE"}
+BUILT_IN = {
+    "prot_bert": "prottrans_hpc.architectures.prot_bert:ARCHITECTURE",
+    "protein_lm": "prottrans_hpc.architectures.protein_lm:ARCHITECTURE",
+}
 
 Array = Any
 """A numpy.ndarray when the objective makes it, a torch.Tensor when the model gets it."""
@@ -63,6 +66,10 @@ class Batch:
     one another differ in it. None where all of a sequence may see one another."""
     memory: Array = None
     """With lanes, what the model returned as `LossSum.memory` for these lanes' pieces before, lanes first; None at their beginning."""
+    carried: Array = None
+    """int64 [S]: with lanes, how many tokens right before each piece its first token may see, and so how much of the memory,
+    from its end: all since the epoch began, or, with `documents`, those of the same protein. The piece's later proteins see none of
+    it then. It may exceed what the memory holds. A function of the text alone, so that a memory needs no documents of its own."""
     tokens_per_target: float = 0.0
     """Tokens of the whole step, over all ranks, divided by its targets; set where the record says `counts_tokens`."""
 
@@ -157,6 +164,8 @@ class Architecture:
     lanes: bool = False
     """Whether a step's sequences are lanes, each a text that goes on from step to step with the model's memory of it
     (Transformer-XL). Lanes stay on their rank, so `global_batch_size` must then be a multiple of the number of ranks."""
+    lane_bytes: Callable[[Any, int], int] | None = None
+    """`(shape, tokens of a piece)` -> bytes of the memory that a lane has between steps; None without lanes."""
 
     def size(self, name: str) -> Size:
         """One of the sizes. Raises ConfigError that lists them."""

@@ -7,10 +7,12 @@ from typing import Any
 
 from ..architecture import Batch
 from ..stage import find
+from .lane_layout import LaneLayout
 from .layout import Layout
 
-Objective = Callable[[Layout, Any, int], Batch]
-"""`(layout, settings, seed)` -> one micro batch of numpy arrays; `settings` is the recipe's section [objective]."""
+Objective = Callable[[Layout, Any, int], Batch] | Callable[[Layout | LaneLayout, Any, int], Batch]
+"""`(layout, settings, seed)` -> one micro batch of numpy arrays; `settings` is the recipe's section [objective]. Objectives of
+architectures with lanes get pieces of lanes to train with and whole sequences to validate with."""
 
 OBJECTIVES = {"masked": "prottrans_hpc.objectives.masked:corrupt"}
 
