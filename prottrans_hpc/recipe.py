@@ -41,14 +41,20 @@ class Phase:
     """Residues a step, over all ranks: a step takes sequences, in order, until the next would exceed it."""
     warmup_steps: Natural = 0
     """Steps over which the learning rate rises linearly from 0 at the start of this phase."""
+    warmup_epochs: Positive | None = None
+    """The same in epochs of the corpus, instead of `warmup_steps`; a run has the steps that they come to."""
     learning_rate: Positive | None = None
     """Peak learning rate of this phase, if not the optimizer's."""
+    optimizer_state: Literal["carry", "reset"] = "carry"
+    """Whether this phase goes on with the moments of the one before it, or begins with none."""
 
     def __post_init__(self) -> None:
         if (self.global_batch_size is None) == (self.global_batch_residues is None):
             raise ValueError("give either global_batch_size or global_batch_residues, not both and not neither")
         if self.warmup_steps > self.steps:
             raise ValueError(f"warmup_steps {self.warmup_steps} exceeds steps {self.steps}")
+        if self.warmup_steps and self.warmup_epochs is not None:
+            raise ValueError("give either warmup_steps or warmup_epochs, not both")
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -14,6 +14,7 @@ import torch
 from ..errors import NumericsError, RequeueRequested
 from . import preemption, resume
 from .loader import LoadedStep, Loader
+from .schedule import phase_of
 from .session import Progress, Session
 from .step import StepResult, means_of_parts, take_step
 from .timing import Clock
@@ -50,6 +51,7 @@ def train(session: Session) -> None:
 def _take_steps(session: Session, loader: Loader, validator: Validator) -> Ending:
     skipped_in_a_row, clock, last_step = 0, Clock(), session.run.last_step
     for loaded in loader:
+        _enter_phase(session, loaded)
         result = take_step(session, loaded)
         clock.step_taken(data_wait_s=loader.wait_s)
         session.progress = Progress(loaded.step + 1, loaded.position_after, session.progress.samples + len(loaded.samples))
@@ -70,6 +72,14 @@ def _take_steps(session: Session, loader: Loader, validator: Validator) -> Endin
         if ends or stops:
             return Ending.DONE if ends else Ending.STOP_REQUESTED
     return Ending.DONE
+
+
+def _enter_phase(session: Session, loaded: LoadedStep) -> None:
+    """At a phase's first step, drop the optimizer's moments where the recipe says so; a checkpoint of the border still holds them."""
+    index, phase, done = phase_of(session.run.recipe, loaded.step)
+    if index > 0 and done == 0 and phase.optimizer_state == "reset":
+        resume.forget_moments(session)
+        _log.info("phase %d begins after step %d with a new state of the optimizer", index, loaded.step)
 
 
 def _save_is_due(session: Session) -> bool:

@@ -104,5 +104,10 @@ def _begin(session: Session) -> None:
     """The state before the first step; the starting weights are there already unless non-finite numbers led back here."""
     if session.progress.step:
         session.module.initialise(session.run.recipe.seed)  # type: ignore[operator]
-        session.optimizer.load_state_dict({name: torch.zeros_like(tensor) for name, tensor in session.optimizer.state_dict().items()})
+        forget_moments(session)
     session.progress = Progress(0, SamplePosition(), 0)
+
+
+def forget_moments(session: Session) -> None:
+    """The optimizer's state before its first update, moments and number of updates."""
+    session.optimizer.load_state_dict({name: torch.zeros_like(tensor) for name, tensor in session.optimizer.state_dict().items()})

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+from ..errors import ConfigError
 from ..recipe import Phase, Recipe, Schedule
 
 
@@ -23,8 +24,10 @@ def phase_of(recipe: Recipe, step: int) -> tuple[int, Phase, int]:
 
 
 def learning_rate(recipe: Recipe, step: int) -> float:
-    """The rate of the optimizer step that follows `step` finished ones."""
-    _, phase, done = phase_of(recipe, step)
+    """The rate of the optimizer step that follows `step` finished ones. Raises ConfigError where a warm-up is still in epochs."""
+    number, phase, done = phase_of(recipe, step)
+    if phase.warmup_epochs is not None:
+        raise ConfigError(f"phases.{number}.warmup_epochs is not in steps: `prottrans pretrain` works them out when it makes the run")
     peak = phase.learning_rate or recipe.optimizer.learning_rate
     if done < phase.warmup_steps:
         return peak * (done + 1) / phase.warmup_steps

@@ -105,7 +105,7 @@ def _plan(choices: _Choices) -> Plan:
     from ...machine import read_machine
     from ...recipe import read_recipe
     from ...run_dir import RunDir
-    from .. import checks, gang, placement, planner, prospect
+    from .. import checks, epochs, gang, placement, planner, prospect
 
     recipe, machine = read_recipe(choices.recipe, choices.settings), read_machine(choices.machine)
     chosen, model_size = checks.check_model(recipe)
@@ -119,6 +119,8 @@ def _plan(choices: _Choices) -> Plan:
     run_dir = RunDir((choices.run_dir or gang.default_run_dir(recipe, name, choices.corpus)).resolve())
     config.check_name(run_dir.path.name, what="the name of the run directory")
     done = max(run_dir.checkpoint_steps(), default=0) if machine.scheduler != "local" else 0
+    if facts.sha256:  # after the name was made: the same command finds its run again, whatever the steps come to
+        recipe = epochs.resolve_warmup(recipe, chosen, facts)
     assumptions = prospect.Assumptions(choices.total_min, first_step=done, last_step=choices.steps)
     seen = prospect.look_ahead(recipe, machine, choices.demand, corpus=facts, assumptions=assumptions)
     terminal.note(f"model: {checks.model_line(recipe, chosen, model_size)}; {recipe.num_steps:,} steps ({choices.recipe})")
