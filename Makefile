@@ -5,11 +5,15 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := help
-.PHONY: help demo test nightly setup horovod lint format clean
+.PHONY: help demo test nightly chaos setup horovod lint format clean
 
 VENV ?= .venv
 PYTEST ?= $(VENV)/bin/python -m pytest
 WORKERS ?= 2
+FAULTS ?= 20
+SEED ?= 1
+MINUTES ?= 60
+TABLE ?= chaos.md
 export VENV
 
 help: ## Show what can be made
@@ -30,6 +34,12 @@ nightly: ## The tests that repeat others many times
 	scripts/horovod.sh --if-possible
 	scripts/cluster.sh
 	OMP_NUM_THREADS=1 $(PYTEST) -m slow $(PYTEST_ARGS)
+
+chaos: ## Throw FAULTS=20 drawn by SEED=1 at one training on the test cluster, for MINUTES=60 at most; the table goes to TABLE=chaos.md
+	@scripts/setup.sh test
+	scripts/cluster.sh
+	export CHAOS_FAULTS=$(FAULTS) CHAOS_SEED=$(SEED) CHAOS_MINUTES=$(MINUTES) CHAOS_TABLE="$(abspath $(TABLE))"
+	OMP_NUM_THREADS=1 $(PYTEST) --timeout 0 tests/cluster/life/test_chaos.py $(PYTEST_ARGS)
 
 setup: ## Only set up, with everything that the tests need
 	@scripts/setup.sh test
