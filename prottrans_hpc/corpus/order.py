@@ -10,7 +10,7 @@ them once, 8 bytes a sequence, and keeps 4 bytes a block.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -27,7 +27,9 @@ from .samples import Samples, concatenate
 Int64 = npt.NDArray[np.int64]
 
 _CHUNK_BLOCKS = 1 << 14
-"""Blocks whose lengths are read at once when fragments are counted."""
+"""Blocks whose lengths are read at once when something is summed over all."""
+_NARROW_BLOCK = 4096
+"""Sequences of a block up to which its residues, fragments or tokens are taken to fit 32 bits: a million residues each."""
 
 
 class SequenceLengths(Protocol):
@@ -93,7 +95,7 @@ class SampleOrder:
         self._source, self._seed, self._order = source, seed, order
         self._cut = LONG_SEQUENCES[order.long_sequences]
         self._num_blocks = -(-source.num_sequences // order.block_sequences)
-        self._samples_a_block: Int64 | None = None
+        self._samples_a_block: npt.NDArray[Any] | None = None
         self._starts: tuple[int, Int64] = (-1, np.zeros(0, np.int64))
         self._window: tuple[int, int, Samples | None] = (-1, -1, None)
 
@@ -170,23 +172,29 @@ class SampleOrder:
         counts[int(place[0]) // width] -= self._num_blocks * self._order.block_sequences - self._source.num_sequences
         return counts
 
-    def _count_fragments(self, epoch: int) -> Int64:
-        if self._samples_a_block is None:
-            self._samples_a_block = self._fragments_by_block()
-        width, counts = self._order.window_blocks, []
-        windows_at_once = max(1, _CHUNK_BLOCKS // width)
-        for first in range(0, self.num_windows, windows_at_once):
-            fragments = self._samples_a_block[self._blocks_of(epoch, first, first + windows_at_once)]
-            counts.append(np.add.reduceat(fragments, np.arange(0, len(fragments), width), dtype=np.int64))
-        return np.concatenate(counts)
-
-    def _fragments_by_block(self) -> Int64:
+    def block_sums(self, measure: Callable[[Int64], Int64]) -> npt.NDArray[np.uint64] | npt.NDArray[np.uint32]:
+        """For each block the sum of `measure(lengths)` over its sequences, [num_blocks]: reads all lengths once."""
         width, parts = self._order.block_sequences, []
+        kind = np.uint32 if width <= _NARROW_BLOCK else np.uint64
         for first in range(0, self._num_blocks, _CHUNK_BLOCKS):
             ids = self._sequences_of(np.arange(first, min(first + _CHUNK_BLOCKS, self._num_blocks)))
-            fragments = num_fragments(self._source.lengths_of(ids), self.max_residues)
-            parts.append(np.add.reduceat(fragments, np.arange(0, len(ids), width)).astype(np.uint32))
+            measured = measure(self._source.lengths_of(ids))
+            parts.append(np.add.reduceat(measured, np.arange(0, len(ids), width)).astype(kind))
         return np.concatenate(parts)
+
+    def window_sums(self, epoch: int, of_blocks: npt.NDArray[Any]) -> Int64:
+        """What `block_sums` gave, summed over the blocks of each window of an epoch: int64 [num_windows]."""
+        width, sums = self._order.window_blocks, []
+        windows_at_once = max(1, _CHUNK_BLOCKS // width)
+        for first in range(0, self.num_windows, windows_at_once):
+            blocks = of_blocks[self._blocks_of(epoch, first, first + windows_at_once)]
+            sums.append(np.add.reduceat(blocks, np.arange(0, len(blocks), width), dtype=np.int64))
+        return np.concatenate(sums)
+
+    def _count_fragments(self, epoch: int) -> Int64:
+        if self._samples_a_block is None:
+            self._samples_a_block = self.block_sums(lambda lengths: num_fragments(lengths, self.max_residues))
+        return self.window_sums(epoch, self._samples_a_block)
 
 
 def _order_of(keys: npt.NDArray[np.uint64]) -> Int64:

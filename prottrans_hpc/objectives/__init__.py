@@ -7,14 +7,18 @@ from typing import Any
 
 from ..architecture import Batch
 from ..stage import find
-from .lane_layout import LaneLayout
-from .layout import Layout
 
-Objective = Callable[[Layout, Any, int], Batch] | Callable[[Layout | LaneLayout, Any, int], Batch]
-"""`(layout, settings, seed)` -> one micro batch of numpy arrays; `settings` is the recipe's section [objective]. Objectives of
-architectures with lanes get pieces of lanes to train with and whole sequences to validate with."""
+Objective = Callable[[Any, Any, int], Batch]
+"""`(layout, settings, seed)` -> one micro batch of numpy arrays; `settings` is the recipe's section [objective]. The layout is a
+`layout.Layout`; objectives of architectures with lanes get a `lane_layout.LaneLayout` to train with and a Layout to validate with."""
 
-OBJECTIVES = {"masked": "prottrans_hpc.objectives.masked:corrupt"}
+OBJECTIVES = {
+    "causal": "prottrans_hpc.objectives.causal:predict",
+    "denoising": "prottrans_hpc.objectives.denoising:corrupt",
+    "masked": "prottrans_hpc.objectives.masked:corrupt",
+    "permutation": "prottrans_hpc.objectives.permutation:permute",
+    "replaced_token": "prottrans_hpc.objectives.replaced_token:corrupt",
+}
 
 
 def get(name: str) -> Objective:

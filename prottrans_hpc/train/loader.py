@@ -33,6 +33,16 @@ VALIDATION_EPOCH = (1 << 32) - 1
 
 
 @dataclass(frozen=True)
+class LaneSums:
+    """What one rank's lanes read in a step, or, summed over the ranks, what all lanes do."""
+
+    num_samples: int
+    """Proteins that begin there."""
+    fingerprint: int
+    """Sum of 32 bits a lane."""
+
+
+@dataclass(frozen=True)
 class LoadedStep:
     """What one rank computes in one optimizer step."""
 
@@ -51,11 +61,13 @@ class LoadedStep:
     num_tokens: int
     """Of this rank, with special tokens."""
     samples: Samples
-    """All samples of the step, over all ranks, in the order of the corpus."""
+    """All samples of the step, over all ranks, in the order of the corpus; with lanes see `lane_sums`."""
     position_before: SamplePosition
     """Where the order stood before this step."""
     position_after: SamplePosition
     """What a checkpoint behind this step has to remember."""
+    lane_sums: LaneSums | None = None
+    """With lanes, where `samples` are the proteins that begin in this rank's pieces: what all ranks' together come to."""
 
     @property
     def sample_ids(self) -> Int64:
@@ -69,6 +81,10 @@ class Share:
 
     rank: int
     world_size: int
+
+
+Load = Callable[..., Iterator[LoadedStep]]
+"""`(corpus, recipe, vocabulary, share=, position=, step=)` -> the steps of one rank."""
 
 
 class Loader:
@@ -85,8 +101,10 @@ class Loader:
         position: SamplePosition,
         step: int,
         pin_memory: bool = False,
+        load: Load | None = None,
     ) -> None:
-        steps = load_steps(corpus, recipe, vocabulary, share=Share(rank, world_size), position=position, step=step)
+        """`load` makes the steps: `load_steps` unless something else is given."""
+        steps = (load or load_steps)(corpus, recipe, vocabulary, share=Share(rank, world_size), position=position, step=step)
         self._steps = Prefetcher(_pinned(steps) if pin_memory else steps, depth=recipe.loading.prefetch_steps, name="loader")
 
     @property
@@ -123,7 +141,7 @@ def load_steps(corpus: Corpus, recipe: Recipe, vocabulary: Vocabulary, *, share:
             position = enter_phase(orders[index], position, previous=orders[index - 1])
         samples, after = next_step(orders[index], position, phase)
         batches = _micro_batches(corpus, samples, recipe, vocabulary, share=share, max_residues=phase.max_residues)
-        yield _loaded(number, index, tuple(batches), samples, (position, after))
+        yield loaded_step(number, index, tuple(batches), samples, (position, after))
         position = after
 
 
@@ -143,10 +161,11 @@ def _micro_batches(corpus: Corpus, samples: Samples, recipe: Recipe, vocabulary:
     plan = plan_step(samples.lengths, bin_residues=max(recipe.loading.bin_residues, max_residues), num_ranks=share.world_size)
     objective = objectives.get(recipe.objective.name)
     for members in plan.bins_of(share.rank):
-        yield _tensors(objective(lay_out(corpus, samples.take(members), vocabulary), recipe.objective, recipe.seed))
+        yield to_tensors(objective(lay_out(corpus, samples.take(members), vocabulary), recipe.objective, recipe.seed))
 
 
-def _tensors(batch: Batch) -> Batch:
+def to_tensors(batch: Batch) -> Batch:
+    """The arrays of an objective as torch tensors over the same memory."""
     return _replaced(batch, np.ndarray, torch.from_numpy)
 
 
@@ -156,7 +175,10 @@ def _replaced(batch: Batch, kind: type, change: Callable[[Any], Any]) -> Batch:
     return replace(batch, **changed)
 
 
-def _loaded(step: int, phase: int, batches: tuple[Batch, ...], samples: Samples, positions: tuple[SamplePosition, SamplePosition]) -> LoadedStep:
+def loaded_step(
+    step: int, phase: int, batches: tuple[Batch, ...], samples: Samples, positions: tuple[SamplePosition, SamplePosition], lane_sums: LaneSums | None = None
+) -> LoadedStep:
+    """Count what the micro batches of one rank hold; `positions` are before and after the step."""
     lengths = np.concatenate([np.diff(batch.cu_seqlens.numpy()).astype(np.int64) for batch in batches])
     return LoadedStep(
         step=step,
@@ -169,6 +191,7 @@ def _loaded(step: int, phase: int, batches: tuple[Batch, ...], samples: Samples,
         samples=samples,
         position_before=positions[0],
         position_after=positions[1],
+        lane_sums=lane_sums,
     )
 
 
