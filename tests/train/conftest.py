@@ -134,7 +134,7 @@ def start_ranks(tmp_path: Path) -> Iterator[StartRanks]:
 def make_run(small_corpus: Path) -> Callable[..., Path]:
     """`make_run(folder, "section.key=value"..., num_ranks=2)` writes the run.json of a micro run; `stop_after_step=N` ends it early.
 
-    `corpus` and `machine` stand in for the small corpus and the laptop.
+    `corpus`, `machine` and `name` stand in for the small corpus, the laptop and the recipe.
     """
     from prottrans_hpc import run_dir
     from prottrans_hpc.corpus.index import read_index
@@ -149,8 +149,9 @@ def make_run(small_corpus: Path) -> Callable[..., Path]:
         stop_after_step: int | None = None,
         corpus: Path = small_corpus,
         machine: Machine | None = None,
+        name: str = "tiny_prot_bert",
     ) -> Path:
-        recipe = read_recipe("tiny_prot_bert", (*MICRO, *settings))
+        recipe = read_recipe(name, (*MICRO, *settings))
         allocation = Allocation(num_nodes=1, ranks_per_node=num_ranks, cpu_cores_per_rank=1, gpus_per_rank=0)
         sha256 = read_index(corpus).sha256
         run = Run(
@@ -191,14 +192,16 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 @pytest.fixture(scope="session")
 def outcome() -> Callable[[Path], dict[str, Any]]:
     """`outcome(run_dir)`: everything that must not depend on how often a run was stopped, the tensors as bytes."""
+    import torch
+
     from prottrans_hpc.run_dir import RunDir
     from prottrans_hpc.train.checkpoint import find_checkpoint, read_checkpoint
 
     def read(folder: Path) -> dict[str, Any]:
         directory = RunDir(folder)
         found = read_checkpoint(find_checkpoint(folder))
-        tensors = {f"{kind}/{name}": tensor.numpy().tobytes() for kind in ("model", "optimizer") for name, tensor in getattr(found, kind).items()}
-        state = {key: found.state[key] for key in ("step", "samples", "position", "identity")}
+        tensors = {f"{kind}/{name}": tensor.reshape(-1).view(torch.uint8).numpy().tobytes() for kind in ("model", "optimizer") for name, tensor in getattr(found, kind).items()}
+        state = {key: found.state[key] for key in ("step", "samples", "position", "identity", "loss_scale")}
         return {"state": state, "metrics": read_records(directory.metrics), "validation": read_records(directory.validation), "tensors": tensors}
 
     return read
