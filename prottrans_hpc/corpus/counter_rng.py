@@ -35,6 +35,10 @@ class Purpose(enum.IntEnum):
     CROP = 3
     TARGETS = 4
     REPLACEMENT = 5
+    PREDICTED_SPANS = 21
+    FACTORISATION = 22
+    SPAN_LENGTHS = 31
+    SPAN_GAPS = 32
 
 
 def draw(seed: int, purpose: Purpose, *, epochs: Int64 | int, sample_ids: Int64, counters: Int64 | int) -> UInt64:

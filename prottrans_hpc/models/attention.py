@@ -78,8 +78,8 @@ def _varlen(cu_seqlens: Tensor, max_length: int) -> Attend:
     return attend
 
 
-def flex_block_mask(cu_seqlens: Tensor, num_tokens: int) -> Any:
-    """The BlockMask of packed sequences, from the borders: no T x T matrix is ever made."""
+def flex_block_mask(cu_seqlens: Tensor, num_tokens: int, *, causal: bool = False) -> Any:
+    """The BlockMask of packed sequences, from the borders: no T x T matrix is ever made. `causal` hides the tokens behind one."""
     from torch.nn.attention.flex_attention import BlockMask
 
     token = torch.arange(num_tokens, device=cu_seqlens.device)
@@ -87,19 +87,24 @@ def flex_block_mask(cu_seqlens: Tensor, num_tokens: int) -> Any:
     first_B = sequence_T[::_FLEX_BLOCK]
     last_B = sequence_T[(token[::_FLEX_BLOCK] + _FLEX_BLOCK - 1).clamp(max=num_tokens - 1)]
     live_BB = (first_B[:, None] <= last_B[None, :]) & (first_B[None, :] <= last_B[:, None])
+    if causal:
+        live_BB = live_BB.tril()
     num_live_B = live_BB.sum(dim=-1, dtype=torch.int32)
     live_first_BB = live_BB.int().argsort(dim=-1, descending=True, stable=True).int()
 
     def same_sequence(_batch: Tensor, _head: Tensor, row: Tensor, column: Tensor) -> Tensor:
         return sequence_T[row] == sequence_T[column]
 
-    return BlockMask.from_kv_blocks(
-        num_live_B[None, None], live_first_BB[None, None], BLOCK_SIZE=_FLEX_BLOCK, mask_mod=same_sequence, seq_lengths=(num_tokens, num_tokens)
-    )
+    def same_sequence_before(batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
+        return same_sequence(batch, head, row, column) & (row >= column)
+
+    visible, size = same_sequence_before if causal else same_sequence, (num_tokens, num_tokens)
+    return BlockMask.from_kv_blocks(num_live_B[None, None], live_first_BB[None, None], BLOCK_SIZE=_FLEX_BLOCK, mask_mod=visible, seq_lengths=size)
 
 
 @functools.cache
-def _compiled_flex() -> Callable[..., Any]:
+def compiled_flex() -> Callable[..., Any]:
+    """flex_attention, compiled once for all lengths."""
     from torch.nn.attention.flex_attention import flex_attention
 
     return torch.compile(flex_attention, dynamic=True)
@@ -111,7 +116,7 @@ def _flex(cu_seqlens: Tensor, _max_length: int) -> Attend:
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         mask = mask_of(len(query))
-        result: Tensor = _compiled_flex()(*(part.transpose(0, 1)[None] for part in (query, key, value)), block_mask=mask)
+        result: Tensor = compiled_flex()(*(part.transpose(0, 1)[None] for part in (query, key, value)), block_mask=mask)
         return result[0].transpose(0, 1)
 
     return attend
