@@ -20,7 +20,7 @@ class Gpu:
     name: str
     memory_gib: Positive
     peak_tflops: dict[str, Positive]
-    """Dense peak by precision (fp32, bf16, fp16); a missing precision is not supported."""
+    """Dense peak by the type of matrix products (fp32, tf32, bf16, fp16); a missing precision is not supported."""
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -6,11 +6,12 @@ Sizes are per step and count sequences; a residue is a token, special tokens are
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 from pydantic.dataclasses import dataclass
 
-from . import config
+from . import config, precision_levels
 from .config import STRICT, Count, Fraction, Natural, Positive
 from .errors import ConfigError
 from .recipe_objectives import Masked, Objective
@@ -121,6 +122,25 @@ class Validation:
 
 
 @dataclass(frozen=True, config=STRICT)
+class LossScaling:
+    """How the loss is scaled before the backward pass, in the precisions whose products are fp16; others ignore it."""
+
+    initial: Positive = 65536.0
+    """Of the mean loss; a power of two."""
+    growth_every: Count = 2000
+    """The scale doubles after so many steps without overflow."""
+    floor: Positive = 1.0
+    """An overflow halves the scale and skips the step; at this scale it counts as non-finite numbers. A power of two."""
+
+    def __post_init__(self) -> None:
+        for name in ("initial", "floor"):
+            if math.frexp(getattr(self, name))[0] != 0.5:
+                raise ValueError(f"{name} must be a power of two, so that scaling rounds nothing")
+        if self.floor > self.initial:
+            raise ValueError(f"floor {self.floor} exceeds initial {self.initial}")
+
+
+@dataclass(frozen=True, config=STRICT)
 class Recipe:
     """Everything that defines a training run apart from its hardware and its corpus."""
 
@@ -135,8 +155,9 @@ class Recipe:
     loading: Loading = Loading()
     parallel: Parallel = Parallel()
     validation: Validation = Validation()
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """fp32, or bf16 autocast with fp32 weights."""
+    precision: precision_levels.Name = "fp32"
+    """Of weights, products and updates: docs/pretrain.md has a table of the names."""
+    loss_scaling: LossScaling = LossScaling()
     seed: Natural = 42
     non_finite_limit: Count = 3
     """So many steps in a row with a non-finite loss or gradient trigger the rollback."""

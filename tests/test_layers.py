@@ -18,7 +18,11 @@ import pytest
 PACKAGE = "prottrans_hpc"
 ROOT = Path(__file__).resolve().parents[1] / PACKAGE
 
-BASE_MODULES = {"__init__", "errors", "durable", "stage", "config", "recipe", "recipe_objectives", "recipe_optimizers", "machine", "run_dir"} | {
+BASE_MODULES = {"__init__", "errors", "durable", "stage", "config", "machine", "run_dir"} | {
+    "recipe",
+    "recipe_objectives",
+    "recipe_optimizers",
+    "precision_levels",
     "architecture",
     "architectures",
     "terminal",

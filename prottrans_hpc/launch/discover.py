@@ -30,17 +30,17 @@ class GpuFacts:
 
 # By a word in the type that the site gives its GPUs; the dense peaks of the makers' data sheets. Longer words first.
 _GPUS = {
-    "gh200": GpuFacts("NVIDIA GH200", 96, "{ fp32 = 67, bf16 = 989, fp16 = 989 }"),
-    "gb200": GpuFacts("NVIDIA GB200", 186, "{ fp32 = 80, bf16 = 2500, fp16 = 2500 }"),
-    "b200": GpuFacts("NVIDIA B200", 180, "{ fp32 = 80, bf16 = 2250, fp16 = 2250 }"),
-    "h200": GpuFacts("NVIDIA H200", 141, "{ fp32 = 67, bf16 = 989, fp16 = 989 }"),
-    "h100": GpuFacts("NVIDIA H100", 80, "{ fp32 = 67, bf16 = 989, fp16 = 989 }"),
-    "a100": GpuFacts("NVIDIA A100", 40, "{ fp32 = 19.5, bf16 = 312, fp16 = 312 }"),
-    "a40": GpuFacts("NVIDIA A40", 48, "{ fp32 = 37.4, bf16 = 149.7, fp16 = 149.7 }"),
-    "l40": GpuFacts("NVIDIA L40S", 48, "{ fp32 = 91.6, bf16 = 362, fp16 = 362 }"),
+    "gh200": GpuFacts("NVIDIA GH200", 96, "{ fp32 = 67, tf32 = 494, bf16 = 989, fp16 = 989 }"),
+    "gb200": GpuFacts("NVIDIA GB200", 186, "{ fp32 = 80, tf32 = 1250, bf16 = 2500, fp16 = 2500 }"),
+    "b200": GpuFacts("NVIDIA B200", 180, "{ fp32 = 80, tf32 = 1125, bf16 = 2250, fp16 = 2250 }"),
+    "h200": GpuFacts("NVIDIA H200", 141, "{ fp32 = 67, tf32 = 494, bf16 = 989, fp16 = 989 }"),
+    "h100": GpuFacts("NVIDIA H100", 80, "{ fp32 = 67, tf32 = 494, bf16 = 989, fp16 = 989 }"),
+    "a100": GpuFacts("NVIDIA A100", 40, "{ fp32 = 19.5, tf32 = 156, bf16 = 312, fp16 = 312 }"),
+    "a40": GpuFacts("NVIDIA A40", 48, "{ fp32 = 37.4, tf32 = 74.8, bf16 = 149.7, fp16 = 149.7 }"),
+    "l40": GpuFacts("NVIDIA L40S", 48, "{ fp32 = 91.6, tf32 = 183, bf16 = 362, fp16 = 362 }"),
     "v100": GpuFacts("NVIDIA V100", 16, "{ fp32 = 15.7, fp16 = 125 }"),
     "mi250": GpuFacts("AMD MI250X (one die)", 64, "{ fp32 = 47.9, bf16 = 191.5, fp16 = 191.5 }"),
-    "mi300": GpuFacts("AMD MI300X", 192, "{ fp32 = 163.4, bf16 = 1307, fp16 = 1307 }"),
+    "mi300": GpuFacts("AMD MI300X", 192, "{ fp32 = 163.4, tf32 = 653.7, bf16 = 1307, fp16 = 1307 }"),
 }
 _UNKNOWN_GPU = GpuFacts("", 16, "{ fp32 = 10 }")
 _PLACEMENT_OF = {"topology/tree": "switches", "topology/block": "segment"}

@@ -8,6 +8,7 @@ from typing import Any
 from ..architecture import Architecture
 from ..errors import ConfigError
 from ..machine import Machine
+from ..precision_levels import LEVELS
 from ..recipe import Recipe
 from .batch_arithmetic import PhaseBatch
 from .demand import time_text
@@ -43,7 +44,7 @@ def estimate_minutes(
         flops_of_step = batch.num_sequences * chosen.flops(shape, [round(batch.mean_residues) + special])
         flops_a_rank += num_steps * flops_of_step / (batch.num_ranks - batch.num_idle_ranks)
         begin = end
-    return flops_a_rank / (gpu.peak_tflops[recipe.precision] * 1e12 * utilisation) / 60.0
+    return flops_a_rank / (gpu.peak_tflops[LEVELS[recipe.precision].products] * 1e12 * utilisation) / 60.0
 
 
 def count_jobs(work_min: float, *, walltime_min: int, warning_min: int) -> int:

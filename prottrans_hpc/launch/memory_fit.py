@@ -1,8 +1,8 @@
 """Whether a model can be trained in the memory of a rank, before anything is queued. Pure arithmetic, no torch.
 
-What is counted: fp32 weights, gradients and optimizer state; under bf16 the cast weights; the activations of the
-fullest micro batch as the architecture counts them; what LAMB needs beside its state in the moment of an update,
-when the activations are gone; where ranks compute on the host, the copy of the state that a save writes from. A share
+What is counted: weights, gradients and fp32 masters as the precision has them, the optimizer's fp32 state; under
+autocast the cast weights; the activations of the fullest micro batch as the architecture counts them; what an update
+needs beside its state for a moment, when the activations are gone; where ranks compute on the host, the copy of the state that a save writes from. A share
 of the memory is left to the runtime, workspaces and fragmentation.
 """
 
@@ -15,6 +15,7 @@ from typing import Any
 from ..architecture import Architecture
 from ..errors import ConfigError
 from ..machine import Machine
+from ..precision_levels import LEVELS
 from ..recipe import Recipe
 from .batch_arithmetic import PhaseBatch
 
@@ -22,14 +23,15 @@ GIB = 2**30
 MARGIN = 0.10
 """Share of a GPU's, or a node's, memory that is not planned with."""
 
-_WEIGHT = 4
 _STATE = {"lamb": 8.0, "adamw": 8.0, "adam": 8.0, "adafactor": 0.2}
 """Bytes a parameter of an optimizer's state: two moments in fp32, or a number a row and a column of matrices at least 64 wide."""
 _UPDATE = {"lamb": 12.0, "adamw": 0.0, "adam": 0.0, "adafactor": 1.0}
 """Bytes a parameter that an update on a GPU needs for a moment: LAMB's scaled gradients, denominators and directions; Adafactor's directions
 of the largest tensor (a position table of ProtBert's has a tenth of all parameters, twice 4 bytes)."""
-_CAST = {"fp32": 0, "bf16": 2}
-"""Bytes a parameter of the copies that autocast keeps of the weights during a step."""
+_CAST = 2
+"""Bytes a parameter of the copies that autocast keeps of fp32 weights during a step."""
+_FP32 = 4
+"""Bytes a parameter of a master, of a gradient that a half one is widened to for an update, of a copy where there is no master."""
 _MOST_WRITERS = 64
 """Ranks that write a checkpoint together, at most; tests hold it against the ranks' side."""
 _STEP_RESIDUES = 256
@@ -44,16 +46,18 @@ class MemoryNeed:
     optimizer: int
     cast_weights: int
     activations: int
-    """Of the fullest micro batch of any phase."""
+    """What all layers keep for the gradient, of the fullest micro batch of any phase."""
     update: int
     """For a moment, when the activations are gone."""
+    masters: int = 0
+    """The fp32 weights behind half ones."""
     checkpoint: int = 0
     """The copy that a save is written from, where it lies in the same memory."""
 
     @property
     def fixed(self) -> int:
         """What no choice of micro batch changes."""
-        return self.parameters + self.gradients + self.optimizer + self.checkpoint
+        return self.parameters + self.gradients + self.masters + self.optimizer + self.checkpoint
 
     @property
     def peak(self) -> int:
@@ -102,8 +106,9 @@ def need_text(need: MemoryNeed) -> str:
     parts = {
         "parameters": need.parameters,
         "gradients": need.gradients,
+        "fp32 masters": need.masters,
         "optimizer": need.optimizer,
-        "bf16 weights": need.cast_weights,
+        "cast weights": need.cast_weights,
         "activations": need.activations,
         "checkpoint": need.checkpoint,
     }
@@ -115,17 +120,22 @@ def need_text(need: MemoryNeed) -> str:
 def _need(recipe: Recipe, chosen: Architecture, shape: Any, residues: list[int], *, num_ranks: int, on_gpu: bool) -> MemoryNeed:
     count = chosen.num_parameters(shape)
     special = len(chosen.vocabulary.prefix) + len(chosen.vocabulary.suffix)
+    level, kept_in = LEVELS[recipe.precision], "bf16" if LEVELS[recipe.precision].is_half else "fp32"
     activations = [
-        chosen.activation_bytes(shape, _lengths(number, recipe.phases[phase].max_residues, special), recipe.precision) for phase, number in enumerate(residues)
+        chosen.activation_bytes(shape, _lengths(number, recipe.phases[phase].max_residues, special), kept_in) for phase, number in enumerate(residues)
     ]
+    state = round(_STATE[recipe.optimizer.name] * count)
+    masters = _FP32 * count if level.has_masters else 0
+    widened = (_FP32 if level.has_masters else 2 * _FP32) * count if level.weight_bytes < _FP32 else 0
     return MemoryNeed(
-        parameters=_WEIGHT * count,
-        gradients=_WEIGHT * count,
-        optimizer=round(_STATE[recipe.optimizer.name] * count),
-        cast_weights=_CAST[recipe.precision] * count,
+        parameters=level.weight_bytes * count,
+        gradients=level.weight_bytes * count,
+        masters=masters,
+        optimizer=state,
+        cast_weights=_CAST * count if level.casts and level.weight_bytes == _FP32 else 0,
         activations=max(activations),
-        update=round(_UPDATE[recipe.optimizer.name] * count) if on_gpu else 0,
-        checkpoint=0 if on_gpu else round((_WEIGHT + _STATE[recipe.optimizer.name]) * count) // min(num_ranks, _MOST_WRITERS),
+        update=widened + (round(_UPDATE[recipe.optimizer.name] * count) if on_gpu else 0),
+        checkpoint=0 if on_gpu else ((masters or level.weight_bytes * count) + state) // min(num_ranks, _MOST_WRITERS),
     )
 
 
@@ -139,7 +149,7 @@ def _advice(recipe: Recipe, usable: float, needed_with: Callable[[int], int], lo
     fitting = [size for size in range(longest, max(longest, recipe.loading.bin_residues) + 1, _STEP_RESIDUES) if needed_with(size) <= usable]
     if fitting:
         return f"Take smaller micro batches: --set loading.bin_residues={fitting[-1]} is the largest that fits (the step stays the same)"
-    other = "--set precision=bf16 halves the activations, if the hardware has it; else " if recipe.precision == "fp32" else ""
+    other = "--set precision=bf16 halves the activations, if the hardware has it; else " if not LEVELS[recipe.precision].is_half else ""
     return (
         f"Smaller micro batches do not help: a sequence of {longest} residues alone needs {needed_with(longest) / GIB:.1f} GiB. "
         f"{other}take a machine with more memory a rank, a smaller model, or shorter sequences (phases.N.max_residues)"

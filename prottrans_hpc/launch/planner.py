@@ -10,6 +10,7 @@ from typing import Any
 from .. import architecture, config
 from ..errors import ConfigError
 from ..machine import Allocation, Machine, usable_cpu_cores
+from ..precision_levels import LEVELS
 from ..recipe import Recipe
 from . import queues
 from .batch_arithmetic import check_lanes, plan_batches
@@ -127,7 +128,7 @@ def _check_gpus(recipe: Recipe, machine: Machine) -> None:
         raise ConfigError(
             f"{machine.name} has {node.num_gpus} GPUs and {machine.ranks_per_node} ranks a node; a rank computes on one GPU, so the numbers must be equal"
         )
-    if recipe.precision not in node.gpu.peak_tflops:
+    if LEVELS[recipe.precision].products not in node.gpu.peak_tflops:
         raise ConfigError(
             f"{node.gpu.name} of {machine.name} does not support {recipe.precision}, only {', '.join(node.gpu.peak_tflops)}: change precision, or the machine"
         )

@@ -138,8 +138,8 @@ class Adafactor:
 
 
 def _rms(tensor: Tensor) -> Tensor:
-    norm: Tensor = torch.linalg.vector_norm(tensor)
-    return norm / tensor.numel() ** 0.5
+    result: Tensor = torch.linalg.vector_norm(tensor) / tensor.numel() ** 0.5
+    return result
 
 
 def _stack(tensor: Tensor, num_dimensions: int) -> Iterator[Tensor]:

@@ -55,7 +55,8 @@ def _take_steps(session: Session, loader: Loader, validator: Validator) -> Endin
         result = take_step(session, loaded)
         clock.step_taken(data_wait_s=loader.wait_s)
         session.progress = Progress(loaded.step + 1, loaded.position_after, session.progress.samples + len(loaded.samples))
-        skipped_in_a_row = 0 if result.is_finite else skipped_in_a_row + 1
+        if not result.has_overflowed:
+            skipped_in_a_row = 0 if result.is_finite else skipped_in_a_row + 1
         step, ends, stops = session.progress.step, session.progress.step == last_step, result.status.stop > 0
         if skipped_in_a_row >= session.run.recipe.non_finite_limit or (ends and skipped_in_a_row):
             return Ending.NOT_FINITE
@@ -160,6 +161,7 @@ def metrics_of(session: Session, loaded: LoadedStep, result: StepResult) -> dict
         "num_residues": int(status.num_residues),
         "num_targets": int(status.num_targets),
         "skipped": not is_finite,
+        **({} if result.loss_scale is None else {"loss_scale": result.loss_scale}),
     }
 
 

@@ -11,8 +11,10 @@ from .. import config, recipe
 from ..comm import Comm
 from ..corpus.order import SamplePosition, position_from_json
 from ..errors import CheckpointError, IdentityError
+from ..stage import find
 from . import checkpoint, environment
 from .checkpoint import Checkpoint
+from .precision import put_weights
 from .session import Progress, Session
 
 _log = logging.getLogger(__name__)
@@ -40,6 +42,7 @@ def training_state(session: Session) -> dict[str, Any]:
         "random_numbers": "none to save: all are functions of the seed, the step, the rank and the sample",
         "time": environment.now(),
         "world_size": session.comm.world_size,
+        "loss_scale": session.loss_scale.to_json() if session.loss_scale else None,
         "versions": environment.versions(),
         "identity": identity(session),
     }
@@ -47,7 +50,7 @@ def training_state(session: Session) -> dict[str, Any]:
 
 def tensors_of(session: Session) -> dict[str, dict[str, torch.Tensor]]:
     """Everything with many numbers: one copy of the model and of the optimizer's state."""
-    return {"model": dict(session.module.state_dict()), "optimizer": dict(session.optimizer.state_dict())}
+    return {"model": {**session.module.state_dict(), **session.masters}, "optimizer": dict(session.optimizer.state_dict())}
 
 
 def restore(session: Session) -> str | None:
@@ -92,10 +95,12 @@ def check_identity(found: Checkpoint, expected: dict[str, Any]) -> None:
 @torch.no_grad()
 def _apply(session: Session, found: Checkpoint) -> None:
     try:
-        session.module.load_state_dict(found.model, strict=True)
+        put_weights(session.module, session.masters, found.model)
     except RuntimeError as error:
         raise CheckpointError(f"the weights in {found.path} do not fit the model: {error}") from error
     session.optimizer.load_state_dict(found.optimizer)
+    if session.loss_scale:
+        session.loss_scale.take(found.state["loss_scale"])
     session.progress = Progress(found.step, position_from_json(found.state["position"]), int(found.state["samples"]))
 
 
@@ -103,8 +108,12 @@ def _apply(session: Session, found: Checkpoint) -> None:
 def _begin(session: Session) -> None:
     """The state before the first step; the starting weights are there already unless non-finite numbers led back here."""
     if session.progress.step:
-        session.module.initialise(session.run.recipe.seed)  # type: ignore[operator]
+        fresh = find(session.record.build)(session.shape)  # drawn in fp32, whatever the weights are held in
+        fresh.initialise(session.run.recipe.seed)
+        put_weights(session.module, session.masters, fresh.state_dict())
         forget_moments(session)
+        if session.loss_scale:
+            session.loss_scale.take(None)
     session.progress = Progress(0, SamplePosition(), 0)
 
 

@@ -6,7 +6,7 @@ import logging
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from .. import architecture
 from ..architecture import Architecture
@@ -15,10 +15,13 @@ from ..corpus.index import Index, read_index
 from ..corpus.order import SamplePosition
 from ..corpus.reader import Corpus
 from ..errors import IdentityError
+from ..precision_levels import LEVELS
+from ..recipe import Recipe
 from ..run_dir import Run, RunDir
 from ..stage import find
 from . import precision
 from .loader import Loader
+from .loss_scale import LossScale
 from .optim import Optimizer, build_optimizer
 from .records import Records
 from .saving import Saver
@@ -49,6 +52,10 @@ class Session:
     module: nn.Module
     model: ParallelModel
     optimizer: Optimizer
+    masters: dict[str, Tensor]
+    """The fp32 weights that half ones of these names in the module are copies of; empty in most precisions."""
+    loss_scale: LossScale | None
+    """Where the products are fp16."""
     forward: precision.Context
     corpus: Corpus
     validation: Corpus | None
@@ -94,6 +101,8 @@ def open_session(run: Run, run_dir: RunDir, comm: Comm, *, index: Index, start_i
     module = find(record.build)(shape)
     module.initialise(recipe.seed)
     module = module.to(comm.device).train()
+    forward = precision.forward_context(recipe.precision, comm.device)
+    masters = precision.lower_weights(module, recipe.precision)
     model = comm.parallel(module, recipe.parallel.bucket_mib)
     return Session(
         run=run,
@@ -103,14 +112,23 @@ def open_session(run: Run, run_dir: RunDir, comm: Comm, *, index: Index, start_i
         shape=shape,
         module=module,
         model=model,
-        optimizer=build_optimizer(module.named_parameters(), recipe.optimizer),
-        forward=precision.forward_context(recipe.precision, comm.device),
+        optimizer=_optimizer(module, masters, recipe),
+        masters=masters,
+        loss_scale=LossScale(recipe.loss_scaling) if LEVELS[recipe.precision].scales_loss else None,
+        forward=forward,
         corpus=Corpus(index, "train"),
         validation=_held_out(run, Corpus(index, "validation")) if "validation" in index.splits else None,
         saver=Saver(run_dir, comm, recipe.checkpoint, start_id=start_id),
         records=records,
         peak_flops=_peak_flops(run, comm),
     )
+
+
+def _optimizer(module: nn.Module, masters: dict[str, Tensor], chosen: Recipe) -> Optimizer:
+    if LEVELS[chosen.precision].weights == "fp32":
+        return build_optimizer(module.named_parameters(), chosen.optimizer)
+    trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+    return precision.HalfWeights(trained, masters, lambda parameters: build_optimizer(parameters.items(), chosen.optimizer))
 
 
 def _held_out(run: Run, corpus: Corpus) -> Corpus | None:
@@ -124,6 +142,7 @@ def _held_out(run: Run, corpus: Corpus) -> Corpus | None:
 
 def _peak_flops(run: Run, comm: Comm) -> float | None:
     gpu = run.machine.node.gpu
-    if gpu is None or comm.device.type != "cuda" or run.recipe.precision not in gpu.peak_tflops:
+    products = LEVELS[run.recipe.precision].products
+    if gpu is None or comm.device.type != "cuda" or products not in gpu.peak_tflops:
         return None
-    return gpu.peak_tflops[run.recipe.precision] * 1e12 * comm.world_size * max(1, run.allocation.gpus_per_rank)
+    return gpu.peak_tflops[products] * 1e12 * comm.world_size * max(1, run.allocation.gpus_per_rank)

@@ -53,23 +53,34 @@ class StepResult:
     gradient_norm: float
     is_finite: bool
     """Whether the update was made; when not, the step only consumed its samples."""
+    loss_scale: float | None = None
+    """That the gradients were computed with, in fp16."""
+    has_overflowed: bool = False
+    """Not finite, and a smaller scale of the loss is expected to help: nothing to worry about."""
 
 
 def take_step(session: Session, loaded: LoadedStep) -> StepResult:
     """Take one step on this rank, together with all others. Raises, on all ranks, when a save in the background failed."""
     torch.manual_seed(step_seed(session.run.recipe.seed, step=loaded.step, rank=session.comm.rank))
     session.model.zero_gradients()
-    losses, num_correct, parts = _forward_backward(session, loaded)
+    scaling = session.loss_scale
+    multiplier = scaling.multiplier(session.run.recipe.phases[loaded.phase]) if scaling else 1.0
+    losses, num_correct, parts = _forward_backward(session, loaded, multiplier)
     status = _exchange(session, loaded, losses, torch.cat((num_correct[None], parts)))
     # The loss is a sum; dividing by the global count here makes the result independent of ranks and accumulation.
-    scale = measure_gradients(session.module.parameters(), scale=1.0 / max(status.num_targets, 1.0), max_norm=session.run.recipe.optimizer.clip_norm)
+    inverse = 1.0 / (multiplier * max(status.num_targets, 1.0))
+    scale = measure_gradients(session.module.parameters(), scale=inverse, max_norm=session.run.recipe.optimizer.clip_norm)
     rate = learning_rate(session.run.recipe, loaded.step)
     is_finite = math.isfinite(status.loss) and scale.is_finite
+    loss_scale, has_overflowed = scaling.value if scaling else None, False
     if is_finite:
         session.optimizer.step(rate, scale.factor)
+        if scaling:
+            scaling.grow()
     else:
-        _tell_non_finite(session, loaded, losses)
-    return StepResult(status, rate, scale.norm, is_finite)
+        has_overflowed = scaling is not None and math.isfinite(status.loss) and scaling.back_off()
+        _tell_skipped(session, loaded, losses, has_overflowed=has_overflowed)
+    return StepResult(status, rate, scale.norm, is_finite, loss_scale, has_overflowed)
 
 
 def step_seed(seed: int, *, step: int, rank: int) -> int:
@@ -77,8 +88,8 @@ def step_seed(seed: int, *, step: int, rank: int) -> int:
     return int.from_bytes(hashlib.blake2b(f"model {seed} {step} {rank}".encode(), digest_size=8).digest(), "big") >> 1
 
 
-def _forward_backward(session: Session, loaded: LoadedStep) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients summed over micro batches and ranks; the loss of each micro batch, the correct targets and the sums of
+def _forward_backward(session: Session, loaded: LoadedStep, multiplier: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients times `multiplier`, summed over micro batches and ranks; the loss of each micro batch, the correct targets and the sums of
     the loss's parts stay on the device."""
     losses: list[Tensor] = []
     sums = torch.zeros(1 + len(session.record.loss_parts), dtype=torch.float64, device=session.comm.device)
@@ -87,17 +98,17 @@ def _forward_backward(session: Session, loaded: LoadedStep) -> tuple[Tensor, Ten
     for index, batch in enumerate(on_device(batches, session.comm.device)):
         if index < last:
             with session.model.no_sync():
-                losses.append(_one(session, batch, sums))
+                losses.append(_one(session, batch, sums, multiplier))
         else:
-            losses.append(_one(session, batch, sums))
+            losses.append(_one(session, batch, sums, multiplier))
     session.model.finish_gradients()
     return torch.stack(losses), sums[0], sums[1:]
 
 
-def _one(session: Session, batch: Batch, sums: Tensor) -> Tensor:
+def _one(session: Session, batch: Batch, sums: Tensor, multiplier: float) -> Tensor:
     with session.forward():
         result: LossSum = session.model.module(batch)
-    session.model.backward(result.loss)
+    session.model.backward(result.loss if multiplier == 1.0 else result.loss * multiplier)
     sums += counted(result)
     loss: Tensor = result.loss.detach().double()
     return loss
@@ -143,8 +154,12 @@ def _exchange(session: Session, loaded: LoadedStep, losses: Tensor, sums: Tensor
     return replace(Status(*plain), parts=tuple(added))
 
 
-def _tell_non_finite(session: Session, loaded: LoadedStep, losses: Tensor) -> None:
+def _tell_skipped(session: Session, loaded: LoadedStep, losses: Tensor, *, has_overflowed: bool) -> None:
     """Log which samples were in the step; the rank that met the number says in which micro batch."""
+    if has_overflowed:
+        if session.comm.rank == 0 and session.loss_scale:
+            _log.info("gradients of step %d overflow fp16: the step is skipped, the loss scale is now %g", loaded.step + 1, session.loss_scale.value)
+        return
     where = f"step {loaded.step + 1}, rank {session.comm.rank}"
     bad = [batch for batch, loss in zip(loaded.micro_batches, losses.tolist(), strict=True) if not math.isfinite(loss)]
     for batch in bad:

@@ -60,7 +60,11 @@ def test_weights_gradients_and_state_are_as_large_as_torch_makes_them(optimizer:
     ("settings", "changes"),
     [
         ((), {}),
+        (("precision=tf32",), {}),
         (("precision=bf16",), {"cast_weights": 2}),
+        (("precision=fp16",), {"cast_weights": 2}),
+        (("precision=fp16_o2",), {"parameters": 2, "gradients": 2, "masters": 4, "update": 16}),
+        (("precision=bf16_o3",), {"parameters": 2, "gradients": 2, "update": 20}),
         (("optimizer.name=adamw",), {"update": 0}),
         (("optimizer.name=adam",), {"update": 0}),
         (("optimizer.name=adafactor",), {"update": 1, "optimizer": 0.2}),
@@ -68,7 +72,7 @@ def test_weights_gradients_and_state_are_as_large_as_torch_makes_them(optimizer:
 )
 def test_bytes_a_parameter(settings: tuple[str, ...], changes: dict[str, float]) -> None:
     need, count = need_of(read_recipe("prot_bert_bfd", settings), num_ranks=5616), 420_984_864
-    expected: dict[str, float] = {"parameters": 4, "gradients": 4, "optimizer": 8, "cast_weights": 0, "update": 12} | changes
+    expected: dict[str, float] = {"parameters": 4, "gradients": 4, "optimizer": 8, "cast_weights": 0, "masters": 0, "update": 12} | changes
     assert {name: getattr(need, name) / count for name in expected} == pytest.approx(expected)
     assert need.peak == need.fixed + max(need.cast_weights + need.activations, need.update)
 
@@ -76,6 +80,11 @@ def test_bytes_a_parameter(settings: tuple[str, ...], changes: dict[str, float])
 def test_bf16_needs_about_half_the_activations() -> None:
     full, half = (need_of(read_recipe("prot_bert", (f"precision={precision}",)), num_ranks=64).activations for precision in ("fp32", "bf16"))
     assert 0.4 < half / full < 0.7
+
+
+def test_a_save_of_half_weights_is_of_their_masters() -> None:
+    needs = [need_of(read_recipe("prot_bert", (f"precision={name}",)), on_gpu=False).checkpoint / 420_984_864 for name in ("fp32", "fp16_o2", "fp16_o3")]
+    assert needs == [12, 12, 10]
 
 
 def test_a_kernel_on_the_cpu_updates_in_place() -> None:

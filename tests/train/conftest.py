@@ -200,7 +200,11 @@ def outcome() -> Callable[[Path], dict[str, Any]]:
     def read(folder: Path) -> dict[str, Any]:
         directory = RunDir(folder)
         found = read_checkpoint(find_checkpoint(folder))
-        tensors = {f"{kind}/{name}": tensor.reshape(-1).view(torch.uint8).numpy().tobytes() for kind in ("model", "optimizer") for name, tensor in getattr(found, kind).items()}
+        tensors = {
+            f"{kind}/{name}": tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
+            for kind in ("model", "optimizer")
+            for name, tensor in getattr(found, kind).items()
+        }
         state = {key: found.state[key] for key in ("step", "samples", "position", "identity", "loss_scale")}
         return {"state": state, "metrics": read_records(directory.metrics), "validation": read_records(directory.validation), "tensors": tensors}
 
