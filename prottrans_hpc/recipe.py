@@ -122,6 +122,14 @@ class Validation:
 
 
 @dataclass(frozen=True, config=STRICT)
+class Memory:
+    """What is given up for memory; none of it changes a bit of the result."""
+
+    recompute_every: Natural = 0
+    """Every so many-th layer keeps its input alone and is computed again for the gradient: 1 all, 2 every second, 0 none."""
+
+
+@dataclass(frozen=True, config=STRICT)
 class LossScaling:
     """How the loss is scaled before the backward pass, in the precisions whose products are fp16; others ignore it."""
 
@@ -158,6 +166,7 @@ class Recipe:
     precision: precision_levels.Name = "fp32"
     """Of weights, products and updates: docs/pretrain.md has a table of the names."""
     loss_scaling: LossScaling = LossScaling()
+    memory: Memory = Memory()
     seed: Natural = 42
     non_finite_limit: Count = 3
     """So many steps in a row with a non-finite loss or gradient trigger the rollback."""
@@ -172,7 +181,7 @@ class Recipe:
         return sum(phase.steps for phase in self.phases)
 
 
-_NOT_SCIENCE = ("description", "loading", "parallel", "checkpoint", "validation")
+_NOT_SCIENCE = ("description", "loading", "parallel", "checkpoint", "validation", "memory")
 
 
 def read_recipe(name_or_path: str, settings: tuple[str, ...] = ()) -> Recipe:

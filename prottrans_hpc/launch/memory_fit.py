@@ -1,7 +1,7 @@
 """Whether a model can be trained in the memory of a rank, before anything is queued. Pure arithmetic, no torch.
 
 What is counted: weights, gradients and fp32 masters as the precision has them, the optimizer's fp32 state; under
-autocast the cast weights; the activations of the fullest micro batch as the architecture counts them; what an update
+autocast the cast weights; the activations of the fullest micro batch as the architecture counts them, less those of layers that are recomputed; what an update
 needs beside its state for a moment, when the activations are gone; where ranks compute on the host, the copy of the state that a save writes from. A share
 of the memory is left to the runtime, workspaces and fragmentation.
 """
@@ -18,6 +18,7 @@ from ..machine import Machine
 from ..precision_levels import LEVELS
 from ..recipe import Recipe
 from .batch_arithmetic import PhaseBatch
+from .recomputation import activation_bytes
 
 GIB = 2**30
 MARGIN = 0.10
@@ -46,7 +47,7 @@ class MemoryNeed:
     optimizer: int
     cast_weights: int
     activations: int
-    """What all layers keep for the gradient, of the fullest micro batch of any phase."""
+    """What the layers keep for the gradient, of the fullest micro batch of any phase."""
     update: int
     """For a moment, when the activations are gone."""
     masters: int = 0
@@ -122,7 +123,8 @@ def _need(recipe: Recipe, chosen: Architecture, shape: Any, residues: list[int],
     special = len(chosen.vocabulary.prefix) + len(chosen.vocabulary.suffix)
     level, kept_in = LEVELS[recipe.precision], "bf16" if LEVELS[recipe.precision].is_half else "fp32"
     activations = [
-        chosen.activation_bytes(shape, _lengths(number, recipe.phases[phase].max_residues, special), kept_in) for phase, number in enumerate(residues)
+        activation_bytes(chosen, shape, _lengths(number, recipe.phases[phase].max_residues, special), kept_in, recipe.memory.recompute_every)
+        for phase, number in enumerate(residues)
     ]
     state = round(_STATE[recipe.optimizer.name] * count)
     masters = _FP32 * count if level.has_masters else 0
@@ -149,7 +151,9 @@ def _advice(recipe: Recipe, usable: float, needed_with: Callable[[int], int], lo
     fitting = [size for size in range(longest, max(longest, recipe.loading.bin_residues) + 1, _STEP_RESIDUES) if needed_with(size) <= usable]
     if fitting:
         return f"Take smaller micro batches: --set loading.bin_residues={fitting[-1]} is the largest that fits (the step stays the same)"
-    other = "--set precision=bf16 halves the activations, if the hardware has it; else " if not LEVELS[recipe.precision].is_half else ""
+    ways = ["--set memory.recompute_every=1 computes layers again for the gradient instead of keeping them"] if not recipe.memory.recompute_every else []
+    ways += ["--set precision=bf16 (or fp16) halves the activations, if the hardware has it"] if not LEVELS[recipe.precision].is_half else []
+    other = "".join(f"{way}; " for way in ways) + ("else " if ways else "")
     return (
         f"Smaller micro batches do not help: a sequence of {longest} residues alone needs {needed_with(longest) / GIB:.1f} GiB. "
         f"{other}take a machine with more memory a rank, a smaller model, or shorter sequences (phases.N.max_residues)"

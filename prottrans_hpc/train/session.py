@@ -101,6 +101,7 @@ def open_session(run: Run, run_dir: RunDir, comm: Comm, *, index: Index, start_i
     module = find(record.build)(shape)
     module.initialise(recipe.seed)
     module = module.to(comm.device).train()
+    module.recompute_every = recipe.memory.recompute_every
     forward = precision.forward_context(recipe.precision, comm.device)
     masters = precision.lower_weights(module, recipe.precision)
     model = comm.parallel(module, recipe.parallel.bucket_mib)

@@ -161,6 +161,20 @@ def test_flops_are_those_that_torch_counts(size, make_model, pack, proteins):
     assert counter.get_total_flops() == pytest.approx(flops(model.shape, [length]), rel=1e-3)
 
 
+@pytest.mark.parametrize("every", [1, 2, 3])
+@pytest.mark.parametrize("narrow", [contextlib.nullcontext, lambda: torch.autocast("cpu", torch.bfloat16)], ids=["fp32", "bf16"])
+def test_layers_that_are_computed_again_give_the_same_gradients_to_the_bit(every, narrow, make_model, pack, proteins):
+    batch, gradients = pack(proteins[:6]), []
+    for recompute_every in (0, every):
+        model = make_model("tiny", num_layers=4)
+        model.recompute_every = recompute_every
+        with narrow():
+            result = model(batch)
+        result.loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad} | {"loss": result.loss.detach()})
+    assert [name for name, gradient in gradients[0].items() if not torch.equal(gradient, gradients[1][name])] == []
+
+
 @pytest.mark.parametrize("size", ["tiny", "small"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_activation_bytes_are_those_of_the_saved_tensors_to_two_percent(size, precision, make_model, pack, proteins):
