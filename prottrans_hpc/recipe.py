@@ -187,7 +187,10 @@ _NOT_SCIENCE = ("description", "loading", "parallel", "checkpoint", "validation"
 def read_recipe(name_or_path: str, settings: tuple[str, ...] = ()) -> Recipe:
     """Read a recipe by name or path with ``--set`` applied. Raises ConfigError."""
     path = config.find_file("jobs", name_or_path)
-    return config.parse(Recipe, config.with_settings(config.read_toml(path), settings), source=str(path))
+    values = config.read_toml(path)
+    if "expected" in values and "phases" not in values:
+        raise ConfigError(f"{name_or_path} is a recipe for a corpus: use it with prottrans preprocess --campaign {name_or_path}")
+    return config.parse(Recipe, config.with_settings(values, settings), source=str(path))
 
 
 def science(recipe: Recipe) -> dict[str, Any]:

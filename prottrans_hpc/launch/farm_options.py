@@ -66,7 +66,7 @@ def plan_farm(
     if machine.account_required and account is None:
         raise ConfigError(f"{machine.name} charges a project: give --account")
     slot = queues.choose(machine, 1, demand) if machine.scheduler != "local" else None
-    num_at_once = _num_nodes(machine, demand) or num_items or 1
+    num_at_once = wanted_nodes(machine, demand) or num_items or 1
     waves = _ITEMS_PER_NODE if one_a_gpu and machine.scheduler != "local" else 1
     return FarmPlan(
         machine=machine,
@@ -84,8 +84,8 @@ def plan_farm(
     )
 
 
-def _num_nodes(machine: Machine, demand: Demand) -> int | None:
-    """Nodes that may work at the same time; None: not said."""
+def wanted_nodes(machine: Machine, demand: Demand) -> int | None:
+    """Nodes that may work at the same time; None: not said. Raises ConfigError for a size that does not fit the machine."""
     if demand.num_racks is not None:
         if machine.nodes_per_rack is None:
             raise ConfigError(f"{machine.name} has no racks: give --nodes")

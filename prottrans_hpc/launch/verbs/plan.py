@@ -17,6 +17,7 @@ _EXAMPLES = examples(
     "prottrans plan prot_bert_bfd --machine summit --racks 52 --total-time 36:00",
     "prottrans plan prot_bert --machine perlmutter --nodes 128 --walltime 12:00 --set precision=bf16",
     "prottrans plan tiny_prot_bert --machine laptop --nodes 2 --corpus corpus --json",
+    "prottrans plan preprocess_bfd --machine rhea --nodes 2",
 )
 
 
@@ -43,11 +44,15 @@ def plan(
     """Say what RECIPE needs on a machine: nodes, queue, batches, memory, time, jobs, cost; and why.
 
     Nothing is started or submitted. What cannot work is an error that names the nearest size, walltime or setting that does.
+    Of a campaign of preprocessing (preprocess_*) it says the bytes in, the bytes on disk, the shards and the node-hours.
     """
     from ...machine import read_machine
     from ...recipe import read_recipe
-    from .. import checks, plan_text, prospect
+    from .. import campaign, checks, plan_text, prospect
 
+    if campaign.is_campaign(recipe):
+        _plan_campaign(recipe, machine, demand, settings, as_json=as_json)
+        return
     chosen, profile = read_recipe(recipe, settings), read_machine(machine)
     architecture, model_size = checks.check_model(chosen)
     facts = checks.read_corpus_facts(corpus) if corpus else None
@@ -57,6 +62,19 @@ def plan(
         return
     title = f"{recipe} on {profile.name}: {checks.model_line(chosen, architecture, model_size)}, {chosen.num_steps:,} steps"
     print_lines(title, plan_text.describe(seen))
+
+
+def _plan_campaign(recipe: str, machine: str, demand: Demand, settings: tuple[str, ...], *, as_json: bool) -> None:
+    from ...machine import read_machine
+    from .. import campaign, campaign_text
+    from ..farm_options import wanted_nodes
+
+    chosen, profile = campaign.read_campaign(recipe, settings), read_machine(machine)
+    seen = campaign.look_ahead(chosen, profile, wanted_nodes(profile, demand) or 1)
+    if as_json:
+        click.echo(json.dumps(campaign.to_json(seen, recipe_name=recipe), indent=1))
+        return
+    print_lines(f"{recipe} on {profile.name}: {chosen.description}", campaign_text.describe(seen))
 
 
 def print_lines(title: str, lines: Iterable[tuple[str, str]]) -> None:

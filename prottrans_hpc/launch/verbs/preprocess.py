@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import click
+from click.core import ParameterSource
 
+from ... import terminal
 from ..demand import Demand
 from ..farm_options import absolute, farm_options, plan_farm, run_on_farm
 from ..options import INVALID, as_json, examples, path_argument, path_option, run_here, verbosity
@@ -17,12 +20,14 @@ _EXAMPLES = examples(
     "prottrans preprocess part1.fasta part2/ --out corpus --dedup --validation 0.01 --workers 8",
     "mpirun -np 4 prottrans preprocess uniref100.fasta --out corpus --mpi",
     "prottrans preprocess bfd.fasta --out corpus --machine slurm_cluster --nodes 4 --dry-run",
+    "prottrans preprocess --campaign preprocess_uniref50 uniref50.fasta.gz --out uniref50",
 )
 
 
 @click.command(epilog=_EXAMPLES)
 @path_argument("inputs", metavar="FASTA...", nargs=-1, required=True)
 @path_option("--out", metavar="CORPUS", required=True, help="The folder to write; a rerun skips the shards that are complete.")
+@click.option("--campaign", metavar="RECIPE", help="Take shards and rules from a recipe (preprocess_bfd ...); options that are given overrule it.")
 @click.option("--workers", metavar="N", type=click.IntRange(1, 4096), help="Processes to use; the number does not change the result.  [default: all cores]")
 @click.option("--mpi", is_flag=True, help="Share the work among the ranks that mpirun or srun started.")
 @click.option("--shards", metavar="K", type=click.IntRange(1, 100_000), help="Training shards to write.  [default: by size]")
@@ -38,7 +43,10 @@ _EXAMPLES = examples(
 @farm_options
 @as_json
 @verbosity
+@click.pass_context
 def preprocess(
+    context: click.Context,
+    /,
     inputs: tuple[Path, ...],
     out: Path,
     workers: int | None,
@@ -52,7 +60,8 @@ def preprocess(
     items: int | None,
     dry_run: bool,
     follow: bool,
-    **rules: object,
+    campaign: str | None,
+    **rules: Any,
 ) -> None:
     """Turn FASTA files or folders of them (plain, .gz, .zst, .bz2, .xz) into CORPUS, a folder of shards that `pretrain` reads.
 
@@ -62,8 +71,11 @@ def preprocess(
     """
     if mpi and workers:
         raise click.UsageError("--workers and --mpi exclude each other: with --mpi the ranks are the workers")
+    rules["names"] = not no_names
+    if campaign:
+        rules = _with_campaign(campaign, rules, context)
     request = {"inputs": [str(path) for path in inputs], "out": str(out), "workers": workers or len(os.sched_getaffinity(0)), "mpi": mpi}
-    request |= {"clusters": str(clusters) if clusters else None, "names": not no_names, "compression": None, "json": as_json, **rules}
+    request |= {"clusters": str(clusters) if clusters else None, "compression": None, "json": as_json, **rules}
     farm = plan_farm("preprocess", machine, demand, account, items, out=out, one_a_gpu=False, follow=follow, dry_run=dry_run)
     if farm is None:
         run_here("preprocess", request)
@@ -72,3 +84,15 @@ def preprocess(
         raise click.UsageError("--mpi shares the work among ranks that were started already; leave it out with --machine, --nodes or --items")
     request |= {"inputs": absolute(inputs), "out": str(out.absolute())}
     run_on_farm("preprocess", request, replace(farm, cores=workers), first_round="01-scan", dry_run=dry_run, fresh=True)
+
+
+def _with_campaign(name: str, rules: dict[str, Any], context: click.Context) -> dict[str, Any]:
+    """The rules of a campaign, but for those that the command line gives."""
+    from ..campaign import read_campaign
+    from ..campaign_text import expectation
+
+    chosen = read_campaign(name)
+    terminal.note(f"campaign {name}: {expectation(chosen)}")
+    option_of = {"names": "no_names"}
+    given = {key: value for key, value in rules.items() if context.get_parameter_source(option_of.get(key, key)) is ParameterSource.COMMANDLINE}
+    return rules | asdict(chosen.rules) | {"release": chosen.expected.source} | given
