@@ -10,7 +10,7 @@ from pathlib import Path
 from .. import errors, run_dir, terminal
 from ..errors import ConfigError, SubmitError
 from ..machine import Allocation, Machine, read_machine
-from . import checks, follow, gang, planner
+from . import checks, follow, gang, placement, planner
 from .demand import Demand
 from .gang import Plan
 from .job import num_ranks_text
@@ -89,7 +89,8 @@ def plan_again(facts: RunFacts, changes: Changes) -> Plan:
         run.recipe_name,
         checks.read_corpus_facts(Path(run.corpus), must_exist=not changes.dry_run),
         machine,
-        _allocation(facts, machine, changes),
+        # Nodes that were named then may be down or busy now.
+        placement.name_nodes(machine, replace(_allocation(facts, machine, changes), node_names=()), required=not changes.dry_run),
         changes.steps if changes.steps is not None else run.stop_after_step,
         facts.run_dir,
         RANK_FLAGS[terminal.verbosity()],

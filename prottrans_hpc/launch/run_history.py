@@ -148,7 +148,9 @@ def _ended(rows: list[Start], event: Record) -> None:
         row = Start(event["job_id"], event["restart"], began=str(event["time"]))
         rows.append(row)
     row.ended = str(event["time"])
-    row.exit_code = _integer(event.get("code")) if row.exit_code is None else row.exit_code
+    # The trainer's own code is that of the rank that told of it: 75 of one that lost another, where that one was killed.
+    code = _integer(event.get("code"))
+    row.exit_code = row.exit_code if code is None else code
     row.cause = _better(row.cause, event.get("cause"))
     row.num_nodes = row.num_nodes or _integer(event.get("num_nodes"))
 

@@ -167,7 +167,8 @@ def history_lines(story: Story) -> list[str]:
     lines = aligned(rows, right=(0, 3, 6, 7, 8))
     result = [lines[0]]
     for line, start in zip(lines[1:], story.starts, strict=True):
-        result += [line, *(f"      {terminal.printable(note, 300)}" for note in start.notes)]
+        whole = [start.cause] if start.cause and len(start.cause) > _CAUSE_WIDTH else []
+        result += [line, *(f"      {terminal.printable(note, 300)}" for note in (*whole, *start.notes))]
     restarts = "1 restart" if story.num_restarts == 1 else f"{story.num_restarts} restarts"
     total = f"{restarts}, {story.steps_lost} steps taken again, {story.node_hours_wasted:.3g} of {story.node_hours:.3g} node-hours wasted by stops"
     return [*result, total]
@@ -185,11 +186,14 @@ def _history_row(number: int, start: Start) -> tuple[str, ...]:
     return tuple(terminal.printable(cell, 120) for cell in cells)
 
 
+_CAUSE_WIDTH = 90
+
+
 def ending(start: Start) -> str:
     """Why a start ended, in a few words; a kill leaves no word, which is said."""
     if start.is_open:
         return "at work"
-    cause = start.cause or "killed: it left no word"
+    cause = terminal.printable(start.cause or "killed: it left no word", _CAUSE_WIDTH)
     return cause if start.exit_code in (None, 0) else f"{cause} (exit code {start.exit_code})"
 
 

@@ -91,6 +91,13 @@ def test_named_nodes_are_those_of_a_whole_rack(ranks: Ranks, cluster: Cluster) -
     assert ranks.racks() == ["rack1"]
     ranks.submit("--racks", "2", racks="node_list", run_dir="refused", code=71)
     assert "only 1 of 2 racks" in ranks.stderr
+    # Named anew for another start: a node of that rack is lost, and the other rack is whole again.
+    cluster.run("scontrol", "update", "nodename=n6", "state=drain", "reason=test")
+    cluster.run("scontrol", "update", "nodename=n3", "state=resume")
+    ranks.run_dir = ranks.folder / "run"
+    cluster.prottrans("runs", "resume", str(ranks.run_dir))
+    assert "#SBATCH --nodelist=n[1-4]\n" in (ranks.run_dir / "job.sh").read_text()
+    assert cluster.wait_ended(cluster.job_ids(ranks.run_dir)[0]) == State.DONE, ranks.story()
 
 
 def test_an_option_that_this_slurm_lacks_is_told_in_its_own_words(ranks: Ranks) -> None:

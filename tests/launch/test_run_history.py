@@ -125,6 +125,13 @@ def test_a_chain_with_a_preemption_a_lost_node_and_a_divergence() -> None:
     assert lines[-1].startswith("2 restarts, 12 steps taken again, ")
 
 
+def test_the_code_of_a_job_is_the_one_that_its_scheduler_saw() -> None:
+    """Rank 0 ends with 75 when it has lost another; the job ends with the code of the one that was killed."""
+    jobs = [job(0, "begun", "1", nodes=["n1", "n2"], hostname="n1", step=0), job(6, "ended", "1", code=137, cause="lost rank 1; n2: task 1: Killed", step=0)]
+    row = the_only(tell([start(1, 0), stop(5, 9, "lost rank 1", 75)], jobs, Now(False, 9, 0)))
+    assert ending(row) == "lost rank 1; n2: task 1: Killed (exit code 137)"
+
+
 def test_a_job_that_never_came_to_train_is_told() -> None:
     jobs = [
         job(0, "begun", "1", nodes=["n1"], hostname="n1", step=0),
