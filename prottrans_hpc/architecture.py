@@ -19,7 +19,9 @@ from .stage import find
 
 ENTRY_POINT_GROUP = "prottrans_hpc.architectures"
 BUILT_IN = {
+    "prot_albert": "prottrans_hpc.architectures.prot_albert:ARCHITECTURE",
     "prot_bert": "prottrans_hpc.architectures.prot_bert:ARCHITECTURE",
+    "prot_electra": "prottrans_hpc.architectures.prot_electra:ARCHITECTURE",
     "protein_lm": "prottrans_hpc.architectures.protein_lm:ARCHITECTURE",
 }
 
@@ -72,6 +74,8 @@ class Batch:
     it then. It may exceed what the memory holds. A function of the text alone, so that a memory needs no documents of its own."""
     tokens_per_target: float = 0.0
     """Tokens of the whole step, over all ranks, divided by its targets; set where the record says `counts_tokens`."""
+    loss_weights: tuple[float, ...] = ()
+    """Of the record's `loss_parts` in the sum, where the objective has settings for them."""
 
 
 @dataclass(frozen=True)

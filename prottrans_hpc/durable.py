@@ -126,9 +126,12 @@ def new_folder(final: Path) -> Iterator[Path]:
 
 
 def seal_folder(folder: Path, known: Mapping[str, str] | None = None) -> None:
-    """Fsync every file of `folder` and write its manifest; `known` maps file names to SHA-256 computed before."""
+    """Fsync every file of `folder` and write its manifest; `known` maps file names to SHA-256 computed before.
+
+    A folder within it is sealed by itself.
+    """
     files = {}
-    for path in sorted(p for p in folder.iterdir() if p.name != MANIFEST):
+    for path in sorted(p for p in folder.iterdir() if p.is_file() and p.name != MANIFEST):
         digest = (known or {}).get(path.name) or sha256_of(path)
         fsync_path(path)
         files[path.name] = {"bytes": path.stat().st_size, "sha256": digest}

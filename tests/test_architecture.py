@@ -80,7 +80,7 @@ def test_an_unknown_name_lists_the_known_ones():
     with pytest.raises(ConfigError) as caught:
         architecture.get("prot_brt")
     assert "did you mean 'prot_bert'?" in str(caught.value)
-    assert "registered are prot_bert" in str(caught.value)
+    assert f"registered are {', '.join(architecture.names())}" in str(caught.value)
 
 
 def test_an_unknown_size_lists_the_known_ones():

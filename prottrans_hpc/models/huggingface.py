@@ -7,7 +7,7 @@ Nothing here needs the transformers library.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,26 @@ class HuggingFaceLayout:
     """`(folder, vocabulary)` -> how the folder's vocabulary differs, a line each."""
     usage: str
     """Python that opens an exported folder `DIR`, for the model card."""
+    own_keys: frozenset[str] = frozenset()
+    """Keys by which a config.json is known that has neither model_type nor architectures; empty where none tells."""
+    token_rows: tuple[str, ...] = ()
+    """Our tensors with a row a token, to be sorted as `row_order` says."""
+    row_order: Callable[[Path, Vocabulary], list[int]] | None = None
+    """`(folder, vocabulary)` -> for each of our tokens its row in the folder, for families whose vocabularies come in several orders."""
+    encoder_of: Callable[[Any], Any] | None = None
+    """`(shape)` -> the shape of its encoder alone, for families that have a decoder too."""
+    companions: Mapping[str, Companion] = field(default_factory=dict)
+    """Subfolder -> a second model that is trained with this one, where the shape has one."""
+
+
+@dataclass(frozen=True)
+class Companion:
+    """A model that shares tensors with another and lies in a folder within its folder: ELECTRA's generator."""
+
+    layout: HuggingFaceLayout
+    """Its `names` are empty for a shape without it."""
+    join: Callable[[Any, Any], tuple[Any, list[str]]]
+    """`(shape of the main model, what the companion's config.json says)` -> the shape of both, and in what they do not fit, a line each."""
 
 
 @dataclass(frozen=True)
@@ -70,19 +90,33 @@ def layout_of(record: Architecture) -> HuggingFaceLayout:
     return layout
 
 
-def write_folder(out: Path, *, record: Architecture, shape: Any, weights: Tensors, card: str) -> None:
-    """Write a folder that AutoModel and AutoTokenizer open; durable, with a manifest. Raises ConfigError when `out` exists."""
+def write_folder(out: Path, *, record: Architecture, shape: Any, weights: Tensors, card: str, dtype: torch.dtype = torch.float32) -> None:
+    """Write a folder that AutoModel and AutoTokenizer open; durable, with a manifest.
+
+    Raises ConfigError when `out` exists, DataError when a weight leaves the range of `dtype`.
+    """
     if out.exists():
         raise ConfigError(f"{out} exists already; choose a new folder, or remove it first")
     layout = layout_of(record)
-    names = layout.names(shape)
     with durable.new_folder(out) as folder:
-        durable.write_json(folder / CONFIG, layout.write_config(shape))
-        for name, content in layout.tokenizer_files(record.vocabulary).items():
-            (folder / name).write_bytes(content)
+        _write_model(folder, layout, record=record, shape=shape, weights=weights, dtype=dtype)
+        for name, companion in layout.companions.items():
+            if companion.layout.names(shape):
+                (folder / name).mkdir()
+                _write_model(folder / name, companion.layout, record=record, shape=shape, weights=weights, dtype=dtype)
+                durable.seal_folder(folder / name)
         (folder / "README.md").write_text(card, encoding="utf-8")
-        tensors = {theirs: weights[ours].detach().contiguous() for ours, theirs in names.items()}
-        save_file(tensors, folder / weight_files.SAFETENSORS, metadata={"format": "pt"})
+
+
+def _write_model(folder: Path, layout: HuggingFaceLayout, *, record: Architecture, shape: Any, weights: Tensors, dtype: torch.dtype) -> None:
+    durable.write_json(folder / CONFIG, layout.write_config(shape) | {"dtype": str(dtype).removeprefix("torch.")})
+    for name, content in layout.tokenizer_files(record.vocabulary).items():
+        (folder / name).write_bytes(content)
+    tensors = {theirs: weights[ours].detach().to(dtype).contiguous() for ours, theirs in layout.names(shape).items()}
+    beyond = [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
+    if beyond:
+        raise DataError(f"weights leave the range of {dtype}: {listed(beyond)}; export them as bf16 or fp32")
+    save_file(tensors, folder / weight_files.SAFETENSORS, metadata={"format": "pt"})
 
 
 def read_folder(folder: Path, records: list[Architecture]) -> Imported:
@@ -91,16 +125,34 @@ def read_folder(folder: Path, records: list[Architecture]) -> Imported:
     Raises CheckpointError when it is no model folder, ConfigError when its configuration or vocabulary is foreign
     (naming every difference), DataError when a file is damaged.
     """
-    config = _read_config(folder)
-    record, layout = _choose(config, records, source=folder / CONFIG)
+    record, layout = _choose(_read_config(folder), records, source=folder / CONFIG)
+    models = {folder: layout} | {folder / name: companion.layout for name, companion in layout.companions.items() if (folder / name).is_dir()}
+    tensors = {place: weight_files.read_weights(place) for place in models}
+    shape, *others = (_read_shape(place, each, record, frozenset(tensors[place])) for place, each in models.items())
+    for place, other in zip(list(models)[1:], others, strict=True):
+        shape, problems = layout.companions[place.name].join(shape, other)
+        _refuse(place, record, problems)
+    weights: Tensors = {}
+    notes: list[str] = []
+    for place, each in models.items():
+        found, remarks = _translate(tensors[place], each, shape, record, source=place)
+        unequal = [name for name in found.keys() & weights.keys() if not torch.equal(found[name], weights[name])]
+        if unequal:
+            raise DataError(f"{place} and {folder} differ in tensors that {record.name} shares: {listed(sorted(unequal))}")
+        weights, notes = weights | found, notes + remarks
+    return Imported(record, shape, weights, tuple(dict.fromkeys(notes)))
+
+
+def _read_shape(folder: Path, layout: HuggingFaceLayout, record: Architecture, tensors: frozenset[str]) -> Any:
     problems = layout.tokenizer_problems(folder, record.vocabulary)
-    theirs = weight_files.read_weights(folder)
-    shape, differences = layout.read_config(config, frozenset(theirs))
-    if shape is None or differences or problems:
-        lines = [f"{CONFIG}: {line}" for line in differences] + problems
-        raise ConfigError(f"{folder} cannot be read as {record.name}: {'; '.join(lines)}")
-    weights, notes = _translate(theirs, layout, shape, record, source=folder)
-    return Imported(record, shape, weights, tuple(notes))
+    shape, differences = layout.read_config(_read_config(folder), tensors)
+    _refuse(folder, record, [f"{CONFIG}: {line}" for line in differences] + problems)
+    return shape
+
+
+def _refuse(folder: Path, record: Architecture, problems: list[str]) -> None:
+    if problems:
+        raise ConfigError(f"{folder} cannot be read as {record.name}: {'; '.join(problems)}")
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -118,7 +170,8 @@ def _choose(config: Mapping[str, Any], records: list[Architecture], *, source: P
     classes = set(named) if isinstance(named, list) else set()
     layouts = [(record, layout_of(record)) for record in records if record.huggingface]
     for record, layout in layouts:
-        if config.get("model_type") == layout.model_type or ("model_type" not in config and classes & set(layout.classes)):
+        own = bool(layout.own_keys) and layout.own_keys <= config.keys() and "architectures" not in config
+        if config.get("model_type") == layout.model_type or ("model_type" not in config and (classes & set(layout.classes) or own)):
             return record, layout
     known = "; ".join(f"{record.name}: model_type {layout.model_type!r} or architectures {' / '.join(layout.classes)}" for record, layout in layouts)
     raise ConfigError(f"{source} has model_type {config.get('model_type')!r} and architectures {named!r}; what can be imported is {known}")
@@ -142,7 +195,18 @@ def _translate(theirs: Tensors, layout: HuggingFaceLayout, shape: Any, record: A
         raise DataError(f"the weights in {source} are not those of the {record.name} that its {CONFIG} describes; {'; '.join(faults)}")
     converted = [name for name in names.values() if theirs[name].dtype != torch.float32]
     notes = [f"{len(converted)} tensors were converted to fp32 (from {theirs[converted[0]].dtype})"] if converted else []
-    return {ours: theirs[name].float().contiguous() for ours, name in names.items()}, notes
+    weights = {ours: theirs[name].float().contiguous() for ours, name in names.items()}
+    return weights, notes + _sort_rows(weights, layout, record.vocabulary, source=source)
+
+
+def _sort_rows(weights: Tensors, layout: HuggingFaceLayout, vocabulary: Vocabulary, *, source: Path) -> list[str]:
+    """Bring the rows of the tokens into the order of our vocabulary; returns a note when that changed anything."""
+    order = layout.row_order(source, vocabulary) if layout.row_order else []
+    if order == sorted(order):
+        return []
+    for name in layout.token_rows:
+        weights[name] = weights[name][order].contiguous()
+    return ["the folder's vocabulary has another order: the rows of its tokens were sorted into this architecture's"]
 
 
 def _without_aliases(theirs: Tensors, layout: HuggingFaceLayout, *, source: Path) -> Tensors:

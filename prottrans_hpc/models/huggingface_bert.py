@@ -35,7 +35,7 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "tie_word_embeddings": (True, None),
 }
 
-_LAYER = {
+LAYER_NAMES = {
     "query": "attention.self.query",
     "key": "attention.self.key",
     "value": "attention.self.value",
@@ -78,7 +78,7 @@ def _names(shape: BertShape) -> dict[str, str]:
         "head.norm": "cls.predictions.transform.LayerNorm",
     }
     for i in range(shape.num_layers):
-        modules |= {f"layers.{i}.{ours}": f"bert.encoder.layer.{i}.{theirs}" for ours, theirs in _LAYER.items()}
+        modules |= {f"layers.{i}.{ours}": f"bert.encoder.layer.{i}.{theirs}" for ours, theirs in LAYER_NAMES.items()}
     modules |= {"pooler": _POOLER} if shape.has_pooler else {}
     modules |= {"next_sentence": _NEXT_SENTENCE} if shape.has_next_sentence else {}
     names = {f"{ours}.{part}": f"{theirs}.{part}" for ours, theirs in modules.items() for part in ("weight", "bias")}

@@ -200,7 +200,7 @@ def test_half_precision_weights_become_fp32_and_it_is_said(folder, tmp_path, cap
         ({"hidden_size": "remove", "vocab_size": "remove"}, "hidden_size is missing; .*vocab_size is missing"),
         ({"num_attention_heads": 7}, "hidden_size 64 must be a multiple of num_heads 7"),
         ({"num_hidden_layers": "two"}, "num_layers = 'two'"),
-        ({"model_type": "t5"}, "model_type 't5'.*what can be imported is .*prot_bert: model_type 'bert'"),
+        ({"model_type": "gpt2"}, "model_type 'gpt2'.*what can be imported is .*prot_bert: model_type 'bert'"),
         ({"model_type": "remove", "architectures": ["T5Model"]}, "T5Model"),
     ],
 )
