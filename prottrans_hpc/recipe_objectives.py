@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from .config import STRICT, Count, Fraction, NonNegative
+from .config import STRICT, Count, Fraction, Natural, NonNegative
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -64,9 +64,14 @@ class Permutation:
 
     name: Literal["permutation"] = "permutation"
     fraction: float = 1 / 6
-    """Share of the tokens of a segment that are to be predicted (the authors' num_predict 85 of 512)."""
+    """Share of the tokens that are to be predicted: a span of n in each stretch of n / fraction (the authors' num_predict 85 of 512)."""
     max_span: Count = 5
-    """A predicted span has 1 to so many residues, each length equally likely."""
+    """A predicted span has 1 to so many tokens."""
+    span_lengths: Literal["inverse", "uniform"] = "inverse"
+    """How likely a length n is: as 1 / n (the authors' code), or each as any other (section 3.1 of the paper)."""
+    permute_within: Natural = 256
+    """So many consecutive tokens change places in the order among one another, and come before the next so many (the
+    authors' perm_size, half of a piece); 0: those of a whole sequence or piece do."""
     protein_end: Literal["reset", "carry"] = "carry"
     """Whether the next protein of a lane may see the one before it through memory and attention."""
 
