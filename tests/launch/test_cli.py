@@ -261,6 +261,22 @@ def test_models_counts_parameters_as_published(tmp_path: Path) -> None:
     assert "420,984,864" in text and "erratum: " in text
 
 
+def test_models_is_a_table_within_80_columns_and_says_nothing_twice(tmp_path: Path) -> None:
+    listed = json.loads(run("models", "--json", cwd=tmp_path).stdout)
+    lines = run("models", cwd=tmp_path).stdout.splitlines()
+    rows = [line for line in lines[1:] if line.startswith("  ")]
+    assert [row.split()[0] for row in rows] == [size["name"] for record in listed for size in record["sizes"]]
+    assert max(map(len, rows)) <= 80
+    ends = {row.index(number) + len(number) for row in rows for number in [row.split()[1]]}
+    assert len(ends) == 1, "the numbers stand in one column"
+    for record in listed:
+        lines = run("models", "show", record["name"], cwd=tmp_path).stdout.splitlines()
+        printed = [line.partition("erratum: ")[2] for line in lines if "erratum: " in line]
+        said = [size["errata"] for size in record["sizes"] if size["errata"]]
+        assert set(printed) == {erratum for errata in said for erratum in errata}
+        assert all(printed.count(erratum) == 1 for erratum in printed if all(erratum in errata for errata in said))
+
+
 @pytest.mark.parametrize("verb", ["preprocess", "pretrain", "embed"])
 def test_launchers_are_the_verbs(verb: str, tmp_path: Path) -> None:
     launcher = Path(cli.__file__).parents[2] / "launchers" / f"prottrans-{verb}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from typing import Any
 
 import click
@@ -46,11 +47,23 @@ def show(context: click.Context, name: str, as_json: bool) -> None:
         click.echo(json.dumps(record, indent=1))
         return
     click.echo(f"{record['name']}: {record['description']}\nobjectives: {', '.join(record['objectives'])}")
+    shared = _shared_errata(record["sizes"])
     for size in record["sizes"]:
         click.echo(f"\n{size['name']}: {_parameters(size)}\n  from: {size['reference']}")
         click.echo("  shape: " + ", ".join(f"{key} {value}" for key, value in size["shape"].items()))
         for erratum in size["errata"]:
+            if erratum not in shared:
+                click.echo(f"  erratum: {erratum}")
+    if shared:
+        click.echo("\nall published sizes:")
+        for erratum in shared:
             click.echo(f"  erratum: {erratum}")
+
+
+def _shared_errata(sizes: list[dict[str, Any]]) -> list[str]:
+    """What is said of each size of which anything is said, where there are several: to be printed once."""
+    said = [size["errata"] for size in sizes if size["errata"]]
+    return [erratum for erratum in said[0] if all(erratum in other for other in said)] if len(said) > 1 else []
 
 
 def _find(name: str) -> dict[str, Any]:
@@ -88,13 +101,27 @@ def _print_list(as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(records, indent=1))
         return
+    sys.stdout.write(_table(records))
+
+
+def _table(records: list[dict[str, Any]]) -> str:
+    """A line a size, within 80 columns, below a line an architecture."""
+    width = max(len(size["name"]) for record in records for size in record["sizes"])
+    lines = [f"  {'':<{width}} {'parameters':>14}  published"]
     for record in records:
-        click.echo(f"{record['name']}: {record['description']}")
+        lines.append(f"{record['name']}: {record['description']}")
         for size in record["sizes"]:
-            click.echo(f"  {size['name']:<16} {_parameters(size)}")
+            published = f"{size['parameters_published'] / 1e6:,.0f} M" if size["parameters_published"] else ""
+            errata = _errata(len(size["errata"]))
+            lines.append(f"  {size['name']:<{width}} {size['parameters']:>14,}  {published:>9}  {errata}".rstrip())
+    return "\n".join(lines) + "\n"
+
+
+def _errata(number: int) -> str:
+    return {0: "", 1: "1 erratum"}.get(number, f"{number} errata")
 
 
 def _parameters(size: dict[str, Any]) -> str:
     published = f" (published: {size['parameters_published']:,})" if size["parameters_published"] else ""
-    errata = f", {len(size['errata'])} errata" if size["errata"] else ""
-    return f"{size['parameters']:>13,} parameters{published}{errata}"
+    errata = f", {_errata(len(size['errata']))}" if size["errata"] else ""
+    return f"{size['parameters']:,} parameters{published}{errata}"
