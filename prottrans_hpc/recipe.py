@@ -7,8 +7,9 @@ Sizes are per step and count sequences; a residue is a token, special tokens are
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from . import config, precision_levels
@@ -122,6 +123,24 @@ class Validation:
 
 
 @dataclass(frozen=True, config=STRICT)
+class Divergence:
+    """When a loss counts as a spike, and what is done about it."""
+
+    z_score: Positive = 8.0
+    """Robust standard deviations above the median of the window before it."""
+    window: Annotated[int, Field(ge=10)] = 200
+    """Steps; nothing is a spike before so many were taken."""
+    patience: Count = 3
+    """So many steps in a row must be as high."""
+    action: Literal["log", "rollback"] = "log"
+    """Tell, or go back to the last checkpoint before it and on with a lower learning rate."""
+    rate_factor: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
+    """What each rollback multiplies the learning rate by, for all steps that follow."""
+    max_rollbacks: Count = 4
+    """One more ends the run."""
+
+
+@dataclass(frozen=True, config=STRICT)
 class Memory:
     """What is given up for memory; none of it changes a bit of the result."""
 
@@ -166,6 +185,7 @@ class Recipe:
     precision: precision_levels.Name = "fp32"
     """Of weights, products and updates: docs/pretrain.md has a table of the names."""
     loss_scaling: LossScaling = LossScaling()
+    divergence: Divergence = Divergence()
     memory: Memory = Memory()
     seed: Natural = 42
     non_finite_limit: Count = 3

@@ -7,12 +7,13 @@ import hashlib
 import logging
 import resource
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from ..errors import NumericsError, RequeueRequested
-from . import preemption, resume
+from . import preemption, resume, retention
 from .loader import LoadedStep, Loader
 from .schedule import phase_of
 from .session import Progress, Session
@@ -29,6 +30,7 @@ class Ending(enum.Enum):
     DONE = enum.auto()
     STOP_REQUESTED = enum.auto()
     NOT_FINITE = enum.auto()
+    DIVERGED = enum.auto()
 
 
 def train(session: Session) -> None:
@@ -40,9 +42,9 @@ def train(session: Session) -> None:
     while True:
         with session.open_loader() as loader:
             ending = _take_steps(session, loader, validator)
-        if ending is not Ending.NOT_FINITE:
+        if ending not in _WAYS_BACK:
             break
-        _go_back(session)
+        _WAYS_BACK[ending](session)
     session.saver.drain()
     if ending is Ending.STOP_REQUESTED:
         raise RequeueRequested(_stop_message(session))
@@ -60,11 +62,13 @@ def _take_steps(session: Session, loader: Loader, validator: Validator) -> Endin
         step, ends, stops = session.progress.step, session.progress.step == last_step, result.status.stop > 0
         if skipped_in_a_row >= session.run.recipe.non_finite_limit or (ends and skipped_in_a_row):
             return Ending.NOT_FINITE
+        if result.is_finite and _is_diverging(session, result):
+            return Ending.DIVERGED
         if validator.is_due(step) and (ends or not stops):
             with clock.apart():
                 _tell_validation(validator.measure())
-        # While steps are being skipped the last state that is known to be good is on disk: leave it the newest one.
-        saves = (ends or stops or _save_is_due(session)) and not skipped_in_a_row
+        # While steps are being skipped, or a spike may begin, the last state that is known to be good is on disk: leave it the newest one.
+        saves = (ends or stops or (_save_is_due(session) and not session.divergence.is_suspicious)) and not skipped_in_a_row
         if saves:
             clock.checkpoint_s = _stage(session)
         _record(session, loaded, result, clock)
@@ -115,6 +119,40 @@ def _go_back(session: Session) -> None:
     _log.warning("non-finite numbers up to step %d: all ranks went back to %s and try once more", step, name or "the starting weights")
     if session.records is not None:
         session.records.event("went back", step=step, to=session.progress.step, cause="non-finite loss or gradients")
+
+
+def _is_diverging(session: Session, result: StepResult) -> bool:
+    """Watch the loss; a spike is told, and is True where the recipe wants to go back."""
+    spike = session.divergence.observe(result.status.mean_loss)
+    if spike is None:
+        return False
+    step, action = session.progress.step, session.run.recipe.divergence.action
+    _log.warning("the loss spikes at step %d: %.4f, %.1f robust deviations above the median %.4f", step, spike.loss, spike.z_score, spike.median)
+    if session.records is not None:
+        session.records.event("spike", step=step, loss=spike.loss, median=spike.median, z_score=round(spike.z_score, 2), action=action)
+    return action == "rollback"
+
+
+def _roll_back(session: Session) -> None:
+    """Take up the last checkpoint from before a spike, with a lower learning rate. Raises NumericsError when that was done too often."""
+    step, rate_factor, num_rollbacks = session.progress.step, session.divergence.rate_factor, session.divergence.num_rollbacks
+    session.saver.drain()
+    if not session.divergence.may_roll_back:
+        raise NumericsError(
+            f"the loss spikes again at step {step}, after {num_rollbacks} rollbacks that brought the learning rate down to {rate_factor:g} of the recipe's. "
+            "`prottrans pretrain --lr-range` finds the limit; a lower optimizer.learning_rate or a longer warm-up may help"
+        )
+    # Where a signal stopped an earlier start there is a checkpoint that an unbroken run lacks: all must go back to the same one.
+    name = resume.restore(session, multiple_of=session.run.recipe.checkpoint.every_steps)
+    session.divergence.lower(rate_factor, num_rollbacks)
+    factor = session.divergence.rate_factor
+    _log.warning("all ranks went back to %s and go on with %g of the learning rate", name or "the starting weights", factor)
+    if session.records is not None:
+        retention.remove_later(session.run_dir, session.progress.step)
+        session.records.event("went back", step=step, to=session.progress.step, cause="the loss spiked", rate_factor=factor)
+
+
+_WAYS_BACK: dict[Ending, Callable[[Session], None]] = {Ending.NOT_FINITE: _go_back, Ending.DIVERGED: _roll_back}
 
 
 def _stop_message(session: Session) -> str:

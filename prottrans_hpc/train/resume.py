@@ -43,6 +43,7 @@ def training_state(session: Session) -> dict[str, Any]:
         "time": environment.now(),
         "world_size": session.comm.world_size,
         "loss_scale": session.loss_scale.to_json() if session.loss_scale else None,
+        "divergence": session.divergence.to_json(),
         "versions": environment.versions(),
         "identity": identity(session),
     }
@@ -53,12 +54,14 @@ def tensors_of(session: Session) -> dict[str, dict[str, torch.Tensor]]:
     return {"model": {**session.module.state_dict(), **session.masters}, "optimizer": dict(session.optimizer.state_dict())}
 
 
-def restore(session: Session) -> str | None:
+def restore(session: Session, *, multiple_of: int = 1) -> str | None:
     """Take up the newest intact checkpoint, or the starting weights when there is none. Collective.
 
+    Those of steps that are no multiple of `multiple_of` are left out, unless there are no others.
     Returns the checkpoint's name. Raises CheckpointError (none is intact) or IdentityError (it is not of this run).
     """
     steps = session.comm.broadcast_object(session.run_dir.checkpoint_steps()[::-1])
+    steps = [step for step in steps if step % multiple_of == 0] or steps
     found = checkpoint.read_newest(session.run_dir, steps, agreement(session.comm))
     if found is None:
         _begin(session)
@@ -101,6 +104,7 @@ def _apply(session: Session, found: Checkpoint) -> None:
     session.optimizer.load_state_dict(found.optimizer)
     if session.loss_scale:
         session.loss_scale.take(found.state["loss_scale"])
+    session.divergence.take(found.state.get("divergence"))
     session.progress = Progress(found.step, position_from_json(found.state["position"]), int(found.state["samples"]))
 
 
@@ -114,6 +118,7 @@ def _begin(session: Session) -> None:
         forget_moments(session)
         if session.loss_scale:
             session.loss_scale.take(None)
+        session.divergence.take(None)
     session.progress = Progress(0, SamplePosition(), 0)
 
 

@@ -38,6 +38,12 @@ def prune(run_dir: RunDir, policy: Checkpointing, *, newest: int) -> None:
             _log.warning("the old checkpoint of step %d stays: %s", step, errors.explain(error))
 
 
+def remove_later(run_dir: RunDir, step: int) -> None:
+    """Rank 0 after a rollback: remove what was saved after the step that the run went back to."""
+    for later in [other for other in run_dir.checkpoint_steps() if other > step]:
+        durable.remove_folder(run_dir.checkpoint(later))
+
+
 def remove_leftovers(run_dir: RunDir) -> list[str]:
     """Rank 0 at a start: remove what killed saves of this run left. Such names are never read, so no reader is disturbed."""
     ours = tuple(f".{path.name}." for path in (run_dir.metrics, run_dir.validation, run_dir.environment_json))

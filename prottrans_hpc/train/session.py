@@ -20,6 +20,7 @@ from ..recipe import Recipe
 from ..run_dir import Run, RunDir
 from ..stage import find
 from . import precision
+from .divergence import SpikeDetector
 from .loader import Loader
 from .loss_scale import LossScale
 from .optim import Optimizer, build_optimizer
@@ -56,6 +57,7 @@ class Session:
     """The fp32 weights that half ones of these names in the module are copies of; empty in most precisions."""
     loss_scale: LossScale | None
     """Where the products are fp16."""
+    divergence: SpikeDetector
     forward: precision.Context
     corpus: Corpus
     validation: Corpus | None
@@ -116,6 +118,7 @@ def open_session(run: Run, run_dir: RunDir, comm: Comm, *, index: Index, start_i
         optimizer=_optimizer(module, masters, recipe),
         masters=masters,
         loss_scale=LossScale(recipe.loss_scaling) if LEVELS[recipe.precision].scales_loss else None,
+        divergence=SpikeDetector(recipe.divergence),
         forward=forward,
         corpus=Corpus(index, "train"),
         validation=_held_out(run, Corpus(index, "validation")) if "validation" in index.splits else None,

@@ -70,7 +70,7 @@ def take_step(session: Session, loaded: LoadedStep) -> StepResult:
     # The loss is a sum; dividing by the global count here makes the result independent of ranks and accumulation.
     inverse = 1.0 / (multiplier * max(status.num_targets, 1.0))
     scale = measure_gradients(session.module.parameters(), scale=inverse, max_norm=session.run.recipe.optimizer.clip_norm)
-    rate = learning_rate(session.run.recipe, loaded.step)
+    rate = learning_rate(session.run.recipe, loaded.step) * session.divergence.rate_factor
     is_finite = math.isfinite(status.loss) and scale.is_finite
     loss_scale, has_overflowed = scaling.value if scaling else None, False
     if is_finite:

@@ -1,7 +1,8 @@
 """A rank whose model meets non-finite numbers on purpose: stands in for `python -m prottrans_hpc pretrain`.
 
-poisoned_rank.py RUN_DIR, with POISON='{"steps": [9], "ranks": [1], "how": "loss" | "gradient", "passes": 1}' in the
-environment: the steps (from 1) at which those ranks' models go wrong, in so many passes over the step.
+poisoned_rank.py RUN_DIR, with POISON='{"steps": [9], "ranks": [1], "how": "loss" | "gradient" | "spike", "passes": 1}' in
+the environment: the steps (from 1) at which those ranks' models go wrong, in so many passes over the step. A spike is a
+loss four times as high; it comes whenever the learning rate is at least "from_factor" of the recipe's.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ class _BadGradient(torch.autograd.Function):
 def take_step(session: Any, loaded: Any) -> Any:
     step = loaded.step + 1
     passes[step] += 1
-    now["bad"] = step in POISON["steps"] and session.comm.rank in POISON["ranks"] and passes[step] <= POISON["passes"]
+    goes_wrong = session.divergence.rate_factor >= POISON["from_factor"] if POISON["how"] == "spike" else passes[step] <= POISON["passes"]
+    now["bad"] = step in POISON["steps"] and session.comm.rank in POISON["ranks"] and goes_wrong
     return real_step(session, loaded)
 
 
@@ -47,7 +49,8 @@ def forward(self: Any, batch: architecture.Batch) -> architecture.LossSum:
     result = real_forward(self, batch)
     if not now["bad"]:
         return result
-    loss = result.loss * float("nan") if POISON["how"] == "loss" else _BadGradient.apply(result.loss)
+    factors = {"loss": float("nan"), "spike": 4.0}
+    loss = result.loss * factors[POISON["how"]] if POISON["how"] in factors else _BadGradient.apply(result.loss)
     return architecture.LossSum(loss, result.num_correct)
 
 
