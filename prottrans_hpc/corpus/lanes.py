@@ -117,9 +117,9 @@ class LaneOrder:
             ahead = self._ahead[lane] = self._look_ahead(epoch, begin, end)
         first, last = np.searchsorted(ahead.borders, begin, side="right") - 1, np.searchsorted(ahead.borders, end, side="left")
         borders = ahead.borders[first : last + 1]
-        froms, tos = np.maximum(borders[:-1], begin), np.minimum(borders[1:], end)
+        begins, ends = np.maximum(borders[:-1], begin), np.minimum(borders[1:], end)
         numbers = ahead.first + np.arange(first, last)
-        return np.stack([numbers, ahead.ids[first:last], ahead.lengths[first:last], froms - borders[:-1], tos - froms])
+        return np.stack([numbers, ahead.ids[first:last], ahead.lengths[first:last], begins - borders[:-1], ends - begins])
 
     def _look_ahead(self, epoch: int, begin: int, end: int) -> _Ahead:
         window = int(np.searchsorted(self._window_tokens(epoch), begin, side="right")) - 1
