@@ -83,29 +83,34 @@ class Training:
 
     def wait_for_step(self, step: int) -> None:
         """Wait until it has taken so many steps."""
-        try:
-            self.cluster.wait(lambda: self.step >= step or self.has_ended, f"step {step} of {self.folder}", 120)
-            assert self.step >= step
-        except BaseException:
-            print(self.story())
-            raise
+        self._wait(lambda: self.step >= step or self.has_ended, f"step {step} of {self.folder}", 120)
+        assert self.step >= step, self.story()
+
+    def wait_for_start(self, number: int) -> None:
+        """Wait until the n-th start trains."""
+
+        def trains() -> bool:
+            lines = self.run_dir.history.read_bytes().splitlines() if self.run_dir.history.exists() else []
+            starts = [line for line in map(json.loads, lines) if line["event"] == "start"]
+            return len(starts) >= number and self.step > starts[number - 1]["step"]
+
+        self._wait(trains, f"start no. {number} of {self.folder} to train", 120)
 
     def wait_done(self, timeout_s: float = 150) -> None:
         """Wait until a job of it has ended with 0."""
-        try:
-            self.cluster.wait(lambda: any(event.get("code") == 0 for event in self.events("ended")), f"the end of {self.folder}", timeout_s)
-        except BaseException:
-            print(self.story())
-            raise
+        self._wait(lambda: any(event.get("code") == 0 for event in self.events("ended")), f"the end of {self.folder}", timeout_s)
 
     def wait_event(self, name: str, number: int = 1, timeout_s: float = 120) -> dict[str, Any]:
         """Wait for the n-th event of this name."""
+        self._wait(lambda: len(self.events(name)) >= number, f"event {name} no. {number} of {self.folder}", timeout_s)
+        return self.events(name)[number - 1]
+
+    def _wait(self, condition: Callable[[], object], what: str, timeout_s: float) -> None:
         try:
-            self.cluster.wait(lambda: len(self.events(name)) >= number, f"event {name} no. {number} of {self.folder}", timeout_s)
+            self.cluster.wait(condition, what, timeout_s)
         except BaseException:
             print(self.story())
             raise
-        return self.events(name)[number - 1]
 
     @property
     def has_ended(self) -> bool:

@@ -34,8 +34,7 @@ def test_a_chain_is_listed_shown_cancelled_and_resumed(cluster: Cluster, trainin
     victim = run.events("begun")[-1]["nodes"][1]
     cluster.run("kill", "-KILL", *cluster.run("bash", "-c", RANKS, node=victim).stdout.split(), node=victim)
     resumed_at = run.wait_event("begun", 2)["step"]
-    noted = run.run_dir.history
-    cluster.wait(lambda: noted.read_text().count('"event": "start"') == 2 and run.step > resumed_at, "the second job to train", 120)
+    run.wait_for_start(2)
     assert f" on {victim}: " not in cluster.prottrans(*runs, "logs", name, "--node", "0", "-n", "1000").stdout
     assert f" INFO {victim} rank 1 " in cluster.prottrans(*runs, "logs", name, "--node", "1", "-n", "1000").stdout
     assert cluster.prottrans(*runs, "cancel", name).stdout == f"job {third}: taken out of the queue\njob {second}: asked to save and stop\n"
