@@ -6,16 +6,14 @@ The modules are in `prottrans_hpc.models.protein_lm`; tests hold the arithmetic 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from pydantic.dataclasses import dataclass
 
 from ..architecture import Architecture, Size, Vocabulary
 from ..config import STRICT, Fraction
-from ..errors import ConfigError
-
-MASKED_FRACTION = 0.15
-"""Share of the tokens that the prediction head is counted for: the published objective's."""
+from . import post_norm
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -41,28 +39,22 @@ class ProteinLmShape:
     """Standard deviation of the starting weights; of the two matrices that write to the residual stream, divided by sqrt(2 layers)."""
 
     def __post_init__(self) -> None:
-        counts = (self.num_layers, self.hidden_size, self.intermediate_size, self.num_heads, self.max_positions, self.vocabulary_size, self.num_token_types)
-        if min(counts) < 1:
-            raise ValueError("layers, sizes, heads, positions, vocabulary and token types must be at least 1")
-        if self.hidden_size % self.num_heads:
-            raise ValueError(f"hidden_size {self.hidden_size} must be a multiple of num_heads {self.num_heads}")
+        post_norm.check(
+            self.hidden_size, self.num_heads, self.num_layers, self.intermediate_size, self.max_positions, self.vocabulary_size, self.num_token_types
+        )
         if max(self.dropout, self.attention_dropout) >= 1.0:
             raise ValueError("dropout and attention_dropout must be below 1")
 
 
 def num_parameters(shape: ProteinLmShape) -> int:
     """Parameters of the encoder and its head; the word table serves as decoder too and is counted once."""
-    width = shape.hidden_size
-    norm = 2 * width
-    embeddings = (shape.vocabulary_size + shape.max_positions + shape.num_token_types) * width
-    head = width * width + width + norm + shape.vocabulary_size
-    return embeddings + num_layer_parameters(shape) + norm + head
+    width, tables = shape.hidden_size, shape.vocabulary_size + shape.max_positions + shape.num_token_types
+    return tables * width + num_layer_parameters(shape) + 2 * width + post_norm.head_parameters(width, width, shape.vocabulary_size)
 
 
 def num_layer_parameters(shape: ProteinLmShape) -> int:
     """Parameters of the layers alone: what the paper's sizes count."""
-    width, inner = shape.hidden_size, shape.intermediate_size
-    return shape.num_layers * (4 * (width * width + width) + 2 * width * inner + inner + width + 4 * width)
+    return shape.num_layers * post_norm.layer_parameters(shape.hidden_size, shape.intermediate_size)
 
 
 def flops(shape: ProteinLmShape, lengths: Sequence[int]) -> float:
@@ -72,44 +64,48 @@ def flops(shape: ProteinLmShape, lengths: Sequence[int]) -> float:
     the convention of model-FLOP utilisation. The prediction head is counted for 15 % of the tokens.
     """
     width = shape.hidden_size
-    num_tokens = float(sum(lengths))
-    squares = float(sum(length * length for length in lengths))
-    linear = num_tokens * (4 * width * width + 2 * width * shape.intermediate_size)
-    attention = 2 * squares * width
-    head = MASKED_FRACTION * num_tokens * (width * width + width * shape.vocabulary_size)
-    return 3 * 2 * (shape.num_layers * (linear + attention) + head)
+    layers = shape.num_layers * post_norm.layer_products(width, shape.intermediate_size, lengths)
+    return 3 * 2 * (layers + post_norm.MASKED_FRACTION * sum(lengths) * post_norm.head_products(width, width, shape.vocabulary_size))
 
 
 def activation_bytes(shape: ProteinLmShape, lengths: Sequence[int], precision: str) -> int:
     """Bytes that one forward pass keeps for the backward pass, without activation checkpointing.
 
-    `precision` is "fp32", or "bf16" or "fp16" (autocast, fp32 weights); weights and their narrow copies are not counted,
-    nor are dropped attention weights, which a fused kernel draws again. Held against saved tensors to 2 % without dropout.
+    `precision` is "fp32" or "bf16" (autocast, fp32 weights); weights and their bf16 copies are not counted, nor are
+    dropped attention weights, which a fused kernel draws again. Held against saved tensors to 2 % without dropout.
     Raises ConfigError for another precision.
     """
-    if precision not in ("fp32", "bf16", "fp16"):
-        raise ConfigError(f"no activation arithmetic for the precision {precision!r}; known are fp32, bf16 and fp16")
-    width, inner, norm = shape.hidden_size, shape.intermediate_size, 8
-    if precision == "fp32":
-        # Inputs of the norms (2) and linear layers (3), query, key, value and result of the attention; both sides of the GELU.
-        layer = 4 * (9 * width + 2 * inner + shape.num_heads) + 2 * norm
-        head = 4 * (4 * width + shape.vocabulary_size) + norm
-    else:
-        # As above in half the bytes, but the norms' inputs are fp32 and the packed attention result is kept once.
-        layer = 2 * (6 * width + 2 * inner) + 4 * (2 * width + shape.num_heads) + 2 * norm
-        head = 2 * 4 * width + 4 * shape.vocabulary_size + norm
+    width = shape.hidden_size
+    # A norm in front keeps its input where one behind does, and what it gives is the input of matrices in both.
+    layer = post_norm.layer_bytes(width, shape.intermediate_size, shape.num_heads, precision)
+    head = post_norm.head_bytes(width, width, shape.vocabulary_size, precision)
     masks = width if shape.dropout else 0  # a byte a number on GPUs; more on CPUs
-    ends = 4 * width + norm + 2 * 8  # input of the last norm; the two index vectors are int64
-    return round(sum(lengths) * (shape.num_layers * (layer + 2 * masks) + masks + ends + MASKED_FRACTION * head))
+    ends = post_norm.embedding_bytes(width)  # the norm is the last one, not the embeddings'
+    return round(sum(lengths) * (shape.num_layers * (layer + 2 * masks) + masks + ends + post_norm.MASKED_FRACTION * head))
 
 
 def _megatron(hidden_size: int, num_layers: int, num_heads: int) -> ProteinLmShape:
     return ProteinLmShape(num_layers=num_layers, hidden_size=hidden_size, intermediate_size=4 * hidden_size, num_heads=num_heads)
 
 
+def _unpadded(*, num_layers: int, hidden_size: int, num_heads: int) -> ProteinLmShape:
+    """For short runs: without dropout, without rows that stand for no token, and with starting weights as large as the width wants them."""
+    return ProteinLmShape(
+        num_layers=num_layers,
+        hidden_size=hidden_size,
+        intermediate_size=4 * hidden_size,
+        num_heads=num_heads,
+        vocabulary_size=len(_TOKENS),
+        dropout=0.0,
+        attention_dropout=0.0,
+        initializer_range=0.64 / math.sqrt(hidden_size),  # 0.02 at 1,024; with 0.02 at 64 nothing but the residue frequencies is learned for long
+    )
+
+
+_TOKENS = ("[PAD]", "[MASK]", "[CLS]", "[SEP]", "[UNK]", "[unused1]", *"ABCDEFGHIKLMNOPQRSTUVWXYZ")
 _PAPER = "Xiao et al. 2021, arXiv 2108.07435"
 _ALL = (
-    "The paper's sizes count the layers alone (201.5 M, 1.21 B, 2.72 B); tables, last norm and head add 1 % or less, so they do not tell whether the "
+    "The paper's sizes count the layers alone (201.5 M, 1.21 B, 2.72 B); tables, last norm and head add 2 % at most, so they do not tell whether the "
     "vocabulary was padded. Megatron pads its 31 tokens to 128 rows unless told otherwise, and the authors' script does not: so here.",
     "The code's rows of 2,176 tokens hold as many whole proteins as fit, each behind its own [CLS], with positions and attention of its own: "
     "4 rows a GPU on 480 GPUs are 1,920 rows = 4,177,920 tokens a step, not 1,920 proteins.",
@@ -151,11 +147,11 @@ _SIZES = {
         for (hidden, layers, heads), own in _TABLE_7.items()
     },
     "small": Size(
-        shape=ProteinLmShape(num_layers=6, hidden_size=256, intermediate_size=1024, num_heads=8, dropout=0.0, attention_dropout=0.0),
+        shape=_unpadded(num_layers=6, hidden_size=256, num_heads=8),
         reference="this project: study size for two CPU cores",
     ),
     "tiny": Size(
-        shape=ProteinLmShape(num_layers=2, hidden_size=64, intermediate_size=256, num_heads=2, dropout=0.0, attention_dropout=0.0),
+        shape=_unpadded(num_layers=2, hidden_size=64, num_heads=2),
         reference="this project: one-minute twin for the demo and the tests",
     ),
 }
@@ -165,7 +161,7 @@ ARCHITECTURE = Architecture(
     description="ProteinLM: Megatron BERT (encoder, pre-norm, learned positions) on protein sequences",
     sizes=_SIZES,
     vocabulary=Vocabulary(
-        tokens=("[PAD]", "[MASK]", "[CLS]", "[SEP]", "[UNK]", "[unused1]", *"ABCDEFGHIKLMNOPQRSTUVWXYZ"),
+        tokens=_TOKENS,
         prefix=("[CLS]",),
         suffix=(),
         mask="[MASK]",
