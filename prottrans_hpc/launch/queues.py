@@ -81,7 +81,8 @@ def _too_long(machine: Machine, queue: Queue, row: Bin, num_nodes: int, demand: 
     longest = time_text(row.max_walltime_min)
     offers = [f"--walltime {longest} at this size", *_sizes_that_run(machine, queue, num_nodes, demand), *_queues_that_run(machine, queue, num_nodes, asked)]
     return (
-        f"{num_nodes:,} nodes are in {bin_text(row)} of the queue {queue.name} of {machine.name}, where a job runs at most {longest}; "
+        f"{num_nodes:,} {'node is' if num_nodes == 1 else 'nodes are'} in {bin_text(row)} of the queue {queue.name} of {machine.name}, "
+        f"where a job runs at most {longest}; "
         f"{time_text(asked)} was asked for. What works: {'; '.join(offers)}. Work that takes longer: --chain"
     )
 
