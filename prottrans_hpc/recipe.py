@@ -61,11 +61,13 @@ class Phase:
 
 @dataclass(frozen=True, config=STRICT)
 class Schedule:
-    """How the learning rate falls after the warm-up of a phase."""
+    """How the learning rate goes over a phase: its warm-up, then its decay."""
 
     decay: Literal["linear", "inverse_square_root", "cosine", "constant"] = "linear"
     final_fraction: Fraction = 0.0
     """Linear and cosine end a phase at this fraction of the peak."""
+    warmup: Literal["linear", "constant"] = "linear"
+    """During warm-up the rate rises from 0, or is at its peak already and only falls after it (T5's)."""
 
 
 @dataclass(frozen=True, config=STRICT)

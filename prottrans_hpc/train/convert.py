@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .. import __version__, architecture, durable, terminal
 from ..architecture import Architecture
 from ..errors import ConfigError
@@ -20,21 +22,38 @@ def export(request: Request) -> None:
     """Write the model of a run directory or checkpoint in another library's layout."""
     if request["to"] not in _EXPORTS:
         raise ConfigError(f"--to {request['to']!r} is not known; choose from {', '.join(_EXPORTS)}")
-    source = checkpoint.find_checkpoint(Path(request["source"]))
-    values = _EXPORTS[request["to"]](source, Path(request["out"]))
+    precision = request.get("precision", "fp32")
+    if precision not in _PRECISIONS:
+        raise ConfigError(f"--precision {precision!r} is not known; choose from {', '.join(_PRECISIONS)}")
+    out = Path(request["out"])
+    if out.exists():  # before gigabytes are read
+        raise ConfigError(f"{out} exists already; choose a new folder, or remove it first")
+    values = _export_huggingface(checkpoint.find_checkpoint(Path(request["source"])), out, _EXPORTS[request["to"]], _PRECISIONS[precision])
     _report(values, f"exported {values['architecture']} ({values['parameters']:,} parameters, step {values['step']}) to {values['path']}", request["json"])
 
 
-def _export_huggingface(source: Path, out: Path) -> dict[str, Any]:
-    if out.exists():  # before gigabytes are read
-        raise ConfigError(f"{out} exists already; choose a new folder, or remove it first")
+def _export_huggingface(source: Path, out: Path, choose: Callable[[Architecture, Any], Any], dtype: torch.dtype) -> dict[str, Any]:
     record, shape, weights = checkpoint.load_model(source)
+    shape = choose(record, shape)
     state = durable.read_json(source / checkpoint.STATE)
-    huggingface.write_folder(out, record=record, shape=shape, weights=weights, card=render_card(record, shape, state))
+    huggingface.write_folder(out, record=record, shape=shape, weights=weights, card=render_card(record, shape, state), dtype=dtype)
     return {"path": str(out), "architecture": record.name, "parameters": record.num_parameters(shape), "step": int(state["step"]), "checkpoint": str(source)}
 
 
-_EXPORTS: dict[str, Callable[[Path, Path], dict[str, Any]]] = {"hf": _export_huggingface}
+def _whole(record: Architecture, shape: Any) -> Any:
+    return shape
+
+
+def _encoder(record: Architecture, shape: Any) -> Any:
+    encoder_of = huggingface.layout_of(record).encoder_of
+    if encoder_of is None:
+        raise ConfigError(f"{record.name} is an encoder already, or has none: export it with --to hf")
+    return encoder_of(shape)
+
+
+_EXPORTS: dict[str, Callable[[Architecture, Any], Any]] = {"hf": _whole, "hf-encoder": _encoder}
+"""What of a model is written: `(record, shape)` -> the shape of it."""
+_PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def import_(request: Request) -> None:

@@ -30,7 +30,7 @@ def learning_rate(recipe: Recipe, step: int) -> float:
         raise ConfigError(f"phases.{number}.warmup_epochs is not in steps: `prottrans pretrain` works them out when it makes the run")
     peak = phase.learning_rate or recipe.optimizer.learning_rate
     if done < phase.warmup_steps:
-        return peak * (done + 1) / phase.warmup_steps
+        return peak if recipe.schedule.warmup == "constant" else peak * (done + 1) / phase.warmup_steps
     return peak * DECAYS[recipe.schedule.decay](phase, recipe.schedule, done)
 
 
