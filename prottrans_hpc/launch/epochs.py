@@ -24,7 +24,7 @@ def steps_per_epoch(recipe: Recipe, chosen: Architecture, corpus: CorpusFacts) -
     if chosen.lanes:
         num_special = len(chosen.vocabulary.prefix) + len(chosen.vocabulary.suffix)
         num_tokens = corpus.train_residues + num_special * corpus.train_sequences
-        return [float(num_tokens // (size * phase.max_residues)) for size, phase in zip(sizes, recipe.phases, strict=True)]
+        return [max(1.0, float(num_tokens // (size * phase.max_residues))) for size, phase in zip(sizes, recipe.phases, strict=True)]
     return [_num_samples(recipe, phase, corpus, mean) / size for size, phase in zip(sizes, recipe.phases, strict=True)]
 
 

@@ -22,6 +22,7 @@ def describe(prospect: Prospect) -> Iterator[tuple[str, str]]:
     yield from _queue_lines(prospect)
     yield from (("licence", _licence_text(prospect.machine, licence)) for licence in prospect.machine.licences)
     yield from (("batch", _batch_text(prospect, batch)) for batch in prospect.batches)
+    yield from (("warm-up", _warmup_text(prospect, number)) for number in range(len(prospect.recipe.phases)))
     yield "lengths", _lengths_text(prospect)
     yield "memory", _memory_text(prospect)
     yield "time", _time_text(prospect)
@@ -43,7 +44,9 @@ def to_json(prospect: Prospect, *, recipe_name: str) -> dict[str, Any]:
         "phases": [
             asdict(batch)
             | {"sequences_per_rank": batch.sequences_per_rank, "num_idle_ranks": batch.num_idle_ranks, "mean_is_assumed": prospect.mean_residues is None}
-            for batch in prospect.batches
+            | {"steps": phase.steps, "warmup_steps": phase.warmup_steps, "warmup_epochs": phase.warmup_epochs}
+            | {"steps_per_epoch": prospect.steps_per_epoch[batch.phase] if prospect.steps_per_epoch else None}
+            for batch, phase in zip(prospect.batches, prospect.recipe.phases, strict=True)
         ],
         "memory": asdict(prospect.memory) | {"peak": prospect.memory.peak} if prospect.memory else None,
         "memory_gib": memory_gib(machine, allocation.num_ranks),
@@ -101,6 +104,18 @@ def _batch_text(prospect: Prospect, batch: PhaseBatch) -> str:
     micro = f"{batch.num_micro_batches} {'bin' if batch.num_micro_batches == 1 else 'bins (accumulation steps)'} a rank and step"
     idle = f"; {batch.num_idle_ranks:,} ranks have no sequence" if batch.num_idle_ranks else ""
     return f"{steps}: {batch.sequences_per_rank:,.2f} a rank, {micro}, {fill}{idle}"
+
+
+def _warmup_text(prospect: Prospect, number: int) -> str:
+    phase = prospect.recipe.phases[number]
+    peak = phase.learning_rate or prospect.recipe.optimizer.learning_rate
+    length = f"{phase.warmup_epochs:g} epochs" if phase.warmup_epochs is not None else f"{phase.warmup_steps:,} steps"
+    moments = ", with new moments" if phase.optimizer_state == "reset" else ""
+    text = f"phase {number}, {length} to a learning rate of {peak:g}{moments}"
+    if prospect.steps_per_epoch is None:
+        return text
+    epoch = prospect.steps_per_epoch[number]
+    return f"{text}: {phase.warmup_steps / epoch:,.2f} epochs of {epoch:,.1f} steps; the phase has {phase.steps / epoch:,.2f}"
 
 
 def _lengths_text(prospect: Prospect) -> str:

@@ -14,6 +14,7 @@ from .batch_arithmetic import PhaseBatch, plan_batches
 from .checks import CorpusFacts
 from .demand import Demand
 from .duration import ASSUMED_UTILISATION, count_jobs, estimate_minutes
+from .epochs import steps_per_epoch
 from .memory_fit import GIB, MemoryNeed, check_memory
 
 
@@ -57,6 +58,13 @@ class Prospect:
     def mean_residues(self) -> float | None:
         """Mean length in the corpus; None: it was assumed."""
         return self.corpus.mean_residues if self.corpus else None
+
+    @property
+    def steps_per_epoch(self) -> list[float] | None:
+        """Of each phase; None: the corpus is not known."""
+        if self.mean_residues is None or self.corpus is None:
+            return None
+        return steps_per_epoch(self.recipe, architecture.get(self.recipe.architecture.name), self.corpus)
 
     @property
     def node_hours_per_job(self) -> float | None:

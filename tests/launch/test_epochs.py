@@ -67,6 +67,15 @@ def test_each_phase_has_its_own_and_a_recipe_without_is_left_alone() -> None:
     assert resolve_warmup(tiny(), BERT, FACTS) == tiny()
 
 
+def test_a_plan_tells_how_much_of_the_corpus_a_warm_up_is(small_corpus: Path, prottrans: Prottrans) -> None:
+    command = ["plan", "tiny_prot_bert", "--corpus", str(small_corpus), "--set", "phases.0.global_batch_size=10", "--set", "phases.0.warmup_steps=0"]
+    num_sequences = json.loads((small_corpus / "index.json").read_text())["splits"]["train"]["sequences"]
+    (phase,) = json.loads(prottrans(*command, "--set", "phases.0.warmup_epochs=0.5", "--json").stdout)["phases"]
+    assert (phase["steps"], phase["warmup_steps"], phase["steps_per_epoch"]) == (200, -(-num_sequences // 20), num_sequences / 10)
+    said = prottrans("plan", "tiny_prot_bert", "--machine", "laptop", "--set", "phases.0.warmup_steps=0", "--set", "phases.0.warmup_epochs=0.5").stdout
+    assert "warm-up:  phase 0, 0.5 epochs to a learning rate of 0.03\n" in said
+
+
 def test_what_cannot_be_is_told_with_what_could() -> None:
     recipe = tiny("phases.0.warmup_epochs=5.0", "phases.0.steps=200")
     with pytest.raises(ConfigError, match=r"is 235 steps of this corpus \(46.9 steps an epoch\), but the phase has 200: at most 4.27 epochs"):

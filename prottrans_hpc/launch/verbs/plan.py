@@ -48,7 +48,7 @@ def plan(
     """
     from ...machine import read_machine
     from ...recipe import read_recipe
-    from .. import campaign, checks, plan_text, prospect
+    from .. import campaign, checks, epochs, plan_text, prospect
 
     if campaign.is_campaign(recipe):
         _plan_campaign(recipe, machine, demand, settings, as_json=as_json)
@@ -56,6 +56,8 @@ def plan(
     chosen, profile = read_recipe(recipe, settings), read_machine(machine)
     architecture, model_size = checks.check_model(chosen)
     facts = checks.read_corpus_facts(corpus) if corpus else None
+    if facts:
+        chosen = epochs.resolve_warmup(chosen, architecture, facts)
     seen = prospect.look_ahead(chosen, profile, demand, corpus=facts, assumptions=prospect.Assumptions(total_min, utilisation))
     if as_json:
         click.echo(json.dumps(plan_text.to_json(seen, recipe_name=recipe), indent=1))
