@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 from .campaign import ASSUMED_GB_PER_S, MB_PER_CPU_S, Campaign, Outlook
 
+_TOLERANCE = 0.02
+"""The papers round their numbers of sequences to three digits or two."""
 _INVALID = {
     "error": "a letter that is no residue is an error",
     "x": "letters that are no residue as X",
@@ -33,6 +35,15 @@ def expectation(campaign: Campaign) -> str:
     """What the corpus should come to, in a line for whoever makes it."""
     data = campaign.expected
     return f"{data.source}; {data.sequences:,} sequences and {data.residues:,} residues are expected, {_size(campaign.corpus_bytes)} of shards"
+
+
+def comparison(campaign: Campaign, num_sequences: int) -> str:
+    """What to tell of a corpus that has not about as many sequences as expected; "" where it has."""
+    share = num_sequences / campaign.expected.sequences
+    if abs(share - 1.0) < _TOLERANCE:
+        return ""
+    percent = f"{100 * share:,.0f}" if share >= 0.01 else f"{100 * share:.2g}"
+    return f"the corpus has {num_sequences:,} sequences, {percent} % of the {campaign.expected.sequences:,} of {campaign.expected.source}"
 
 
 def _rules(campaign: Campaign) -> Iterator[str]:

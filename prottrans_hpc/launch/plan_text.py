@@ -111,7 +111,8 @@ def _warmup_text(prospect: Prospect, number: int) -> str:
     peak = phase.learning_rate or prospect.recipe.optimizer.learning_rate
     length = f"{phase.warmup_epochs:g} epochs" if phase.warmup_epochs is not None else f"{phase.warmup_steps:,} steps"
     moments = ", with new moments" if phase.optimizer_state == "reset" else ""
-    text = f"phase {number}, {length} to a learning rate of {peak:g}{moments}"
+    way = "at" if prospect.recipe.schedule.warmup == "constant" else "to"
+    text = f"phase {number}, {length} {way} a learning rate of {peak:g}{moments}"
     if prospect.steps_per_epoch is None:
         return text
     epoch = prospect.steps_per_epoch[number]

@@ -91,12 +91,19 @@ def test_preprocess_follows_the_campaign_and_its_own_options_overrule_it(small_f
     recipe.write_text((config.find_file("jobs", "preprocess_bfd")).read_text().replace("2_928", "3").replace("5e-05", "0.1"))
     done = prottrans("preprocess", "--campaign", str(recipe), str(small_fasta), "--out", str(tmp_path / "a"))
     assert "2,122,000,000 sequences and 393,000,000,000 residues are expected" in done.stderr
+    assert "the corpus has 600 sequences, 2.8e-05 % of the 2,122,000,000 of BFD" in done.stderr
     index = json.loads((tmp_path / "a" / "index.json").read_text())
     assert (index["rules"]["shards"], index["rules"]["names"], index["rules"]["invalid"], index["split"]["validation"]) == (3, False, "x", 0.1)
     assert index["sources"][0]["release"].startswith("BFD (Steinegger")
     prottrans("preprocess", "--campaign", str(recipe), str(small_fasta), "--out", str(tmp_path / "b"), "--shards", "2", "--release", "mine")
     other = json.loads((tmp_path / "b" / "index.json").read_text())
     assert (other["rules"]["shards"], other["rules"]["names"], other["sources"][0]["release"]) == (2, False, "mine")
+
+
+def test_a_corpus_of_about_the_expected_size_is_not_remarked_on() -> None:
+    uniref50 = read_campaign("preprocess_uniref50")
+    assert campaign_text.comparison(uniref50, 44_700_000) == ""
+    assert "has 63,000,000 sequences, 140 % of the 45,000,000 of UniRef50" in campaign_text.comparison(uniref50, 63_000_000)
 
 
 @pytest.mark.parametrize(

@@ -73,26 +73,42 @@ def preprocess(
         raise click.UsageError("--workers and --mpi exclude each other: with --mpi the ranks are the workers")
     rules["names"] = not no_names
     if campaign:
-        rules = _with_campaign(campaign, rules, context)
+        rules = _with_campaign(campaign, rules, context, quiet=mpi)
     request = {"inputs": [str(path) for path in inputs], "out": str(out), "workers": workers or len(os.sched_getaffinity(0)), "mpi": mpi}
     request |= {"clusters": str(clusters) if clusters else None, "compression": None, "json": as_json, **rules}
     farm = plan_farm("preprocess", machine, demand, account, items, out=out, one_a_gpu=False, follow=follow, dry_run=dry_run)
     if farm is None:
         run_here("preprocess", request)
+        if campaign and not mpi:
+            _compare(campaign, out)
         return
     if mpi:
         raise click.UsageError("--mpi shares the work among ranks that were started already; leave it out with --machine, --nodes or --items")
     request |= {"inputs": absolute(inputs), "out": str(out.absolute())}
     run_on_farm("preprocess", request, replace(farm, cores=workers), first_round="01-scan", dry_run=dry_run, fresh=True)
+    if campaign and not dry_run:
+        _compare(campaign, out)
 
 
-def _with_campaign(name: str, rules: dict[str, Any], context: click.Context) -> dict[str, Any]:
+def _with_campaign(name: str, rules: dict[str, Any], context: click.Context, *, quiet: bool) -> dict[str, Any]:
     """The rules of a campaign, but for those that the command line gives."""
     from ..campaign import read_campaign
     from ..campaign_text import expectation
 
     chosen = read_campaign(name)
-    terminal.note(f"campaign {name}: {expectation(chosen)}")
+    if not quiet:  # under MPI every rank comes by here
+        terminal.note(f"campaign {name}: {expectation(chosen)}")
     option_of = {"names": "no_names"}
     given = {key: value for key, value in rules.items() if context.get_parameter_source(option_of.get(key, key)) is ParameterSource.COMMANDLINE}
     return rules | asdict(chosen.rules) | {"release": chosen.expected.source} | given
+
+
+def _compare(name: str, out: Path) -> None:
+    """Say how the corpus differs in size from what the campaign is for: another release, or a part of it."""
+    from ... import durable
+    from ..campaign import read_campaign
+    from ..campaign_text import comparison
+
+    text = comparison(read_campaign(name), int(durable.read_json(out / "index.json")["sequences"]))
+    if text:
+        terminal.note(f"note: {text}")
