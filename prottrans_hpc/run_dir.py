@@ -44,6 +44,11 @@ class RunDir:
         return self.path / "history.jsonl"
 
     @property
+    def init_json(self) -> Path:
+        """The checkpoint that a run with another's weights began with, written at its first start."""
+        return self.path / "init.json"
+
+    @property
     def job_script(self) -> Path:
         """The script that was submitted, byte for byte."""
         return self.path / "job.sh"
@@ -130,6 +135,25 @@ class Jobs:
 
 
 @dataclass(frozen=True)
+class Init:
+    """Whose weights a run begins with, instead of drawing its own."""
+
+    asked: str
+    """Absolute path of a run directory or checkpoint, as it was given."""
+    checkpoint: str | None = None
+    """Absolute path of the checkpoint; None: the last one of the run `asked`, once that is done."""
+    manifest_sha256: str | None = None
+    """Of the checkpoint's manifest, which holds the SHA-256 of every file; None as above."""
+    optimizer: bool = False
+    """Whether the state of the optimizer is carried over too; else it begins anew. Steps and the order of samples begin anew in any case."""
+
+    @property
+    def choice(self) -> dict[str, Any]:
+        """What a person chose: equal in every command that continues the run."""
+        return {"asked": self.asked, "optimizer": self.optimizer}
+
+
+@dataclass(frozen=True)
 class Run:
     """The content of run.json."""
 
@@ -149,6 +173,8 @@ class Run:
     allocation: Allocation
     stop_after_step: int | None
     """End after so many optimizer steps in all, even if the recipe has more; None: the recipe's steps."""
+    init: Init | None = None
+    """None: the starting weights are drawn from the recipe's seed."""
 
     @property
     def last_step(self) -> int:
@@ -176,6 +202,7 @@ def write_run(run_dir: RunDir, run: Run) -> None:
     """Write run.json durably."""
     values = {"format": FORMAT, **vars(run)}
     values |= {"recipe": config.to_json(run.recipe), "machine": config.to_json(run.machine), "allocation": config.to_json(run.allocation)}
+    values |= {"init": vars(run.init) if run.init else None}
     durable.write_json(run_dir.run_json, values)
 
 
@@ -222,6 +249,7 @@ def parse_run(values: Any, *, source: str) -> Run:
             machine=config.parse(Machine, values["machine"], source=source),
             allocation=config.parse(Allocation, values["allocation"], source=source),
             stop_after_step=None if values["stop_after_step"] is None else int(values["stop_after_step"]),
+            init=None if values.get("init") is None else config.parse(Init, values["init"], source=source),
         )
     except KeyError as error:
         raise ConfigError(f"{source} lacks the key {error.args[0]!r}") from error

@@ -22,7 +22,7 @@ from .. import __version__, config, durable, run_dir, terminal
 from ..errors import ConfigError, IdentityError, ProttransError, SubmitError
 from ..machine import Allocation, Machine
 from ..recipe import Recipe, science
-from ..run_dir import Run, RunDir
+from ..run_dir import Init, Run, RunDir
 from . import foreground, job_events, lease, submission
 from .checks import CorpusFacts
 from .job import Job
@@ -48,6 +48,10 @@ class Plan:
     """Project that a batch system charges."""
     num_jobs: int = 1
     """Jobs of a chain, each resuming where the one before it stopped."""
+    init: Init | None = None
+    """Whose weights a new run begins with; None: its own, or those that the run in the directory began with."""
+    after: str | None = None
+    """Job that must have ended, however, before the first of these starts."""
 
     @property
     def job(self) -> Job:
@@ -63,11 +67,11 @@ class Plan:
         return render(self.job, SCHEDULERS[self.machine.scheduler].render_header(self.job))
 
 
-def default_run_dir(recipe: Recipe, recipe_name: str, corpus: Path) -> Path:
-    """`runs/NAME-ID`, the ID made from the science and the corpus's path: the same command finds the same run again."""
+def default_run_dir(recipe: Recipe, recipe_name: str, corpus: Path, init: Init | None = None) -> Path:
+    """`runs/NAME-ID`, the ID made from the science, the corpus's path and whose weights it begins with: the same command finds the same run again."""
     from hashlib import sha256
 
-    identity = json.dumps([science(recipe), os.fspath(corpus.absolute())], sort_keys=True)
+    identity = json.dumps([science(recipe), os.fspath(corpus.absolute()), *([init.choice] if init else [])], sort_keys=True)
     return Path("runs", f"{recipe_name[:50]}-{sha256(identity.encode('utf-8', 'surrogatepass')).hexdigest()[:8]}")
 
 
@@ -89,6 +93,8 @@ def existing_run(plan: Plan) -> Run | None:
     run = run_dir.read_run(plan.run_dir)
     old = {**science(run.recipe), "corpus_sha256": run.corpus_sha256}
     new = {**science(plan.recipe), "corpus_sha256": plan.corpus.sha256}
+    if plan.init is not None:
+        old, new = {**old, "init": run.init.choice if run.init else None}, {**new, "init": plan.init.choice}
     if old != new:
         raise IdentityError(
             f"{folder} holds another experiment (run -> this command): {'; '.join(config.differences(old, new))}. "
@@ -100,7 +106,7 @@ def existing_run(plan: Plan) -> Run | None:
 def describe(plan: Plan, run: Run | None) -> str:
     """Whether the directory is new, or what is in it already."""
     if run is None:
-        return "new"
+        return f"new, with the weights of {plan.init.asked}" if plan.init else "new"
     steps = plan.run_dir.checkpoint_steps()
     end = min(plan.recipe.num_steps, plan.stop_after_step or plan.recipe.num_steps)
     if not steps:
@@ -135,7 +141,7 @@ def _submit_chain(plan: Plan, directory: RunDir) -> None:
     scheduler, job_ids = plan.machine.scheduler, list[str]()
     for number in range(1, plan.num_jobs + 1):
         try:
-            job_ids.append(submission.submit(scheduler, directory, after=job_ids[-1] if job_ids else None))
+            job_ids.append(submission.submit(scheduler, directory, after=job_ids[-1] if job_ids else plan.after))
         except SubmitError as error:
             raise type(error)(f"{error}{_already(job_ids, number, plan.num_jobs, directory)}") from error
         _write_jobs(directory, scheduler, job_ids, account=plan.account)
@@ -197,8 +203,9 @@ def _write_run(plan: Plan, directory: RunDir, old: Run | None) -> None:
         machine=plan.machine,
         allocation=plan.allocation,
         stop_after_step=plan.stop_after_step,
+        init=plan.init,
     )
-    run = fresh if old is None else replace(fresh, run_id=old.run_id, created=old.created)
+    run = fresh if old is None else replace(fresh, run_id=old.run_id, created=old.created, init=old.init)
     if run == old:
         return
     if old is not None:
@@ -209,7 +216,7 @@ def _write_run(plan: Plan, directory: RunDir, old: Run | None) -> None:
 
 def _plain(run: Run) -> dict[str, Any]:
     nouns = {"recipe": config.to_json(run.recipe), "machine": config.to_json(run.machine), "allocation": config.to_json(run.allocation)}
-    return {**vars(run), **nouns}
+    return {**vars(run), **nouns, "init": vars(run.init) if run.init else None}
 
 
 def _write_jobs(directory: RunDir, scheduler: str, job_ids: Sequence[str], *, account: str | None = None) -> None:

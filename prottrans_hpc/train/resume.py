@@ -12,7 +12,7 @@ from ..comm import Comm
 from ..corpus.order import SamplePosition, position_from_json
 from ..errors import CheckpointError, IdentityError
 from ..stage import find
-from . import checkpoint, environment
+from . import ancestor, checkpoint, environment
 from .checkpoint import Checkpoint
 from .precision import put_weights
 from .session import Progress, Session
@@ -46,6 +46,7 @@ def training_state(session: Session) -> dict[str, Any]:
         "divergence": session.divergence.to_json(),
         "versions": environment.versions(),
         "identity": identity(session),
+        **({"init": vars(session.run.init)} if session.run.init else {}),
     }
 
 
@@ -120,6 +121,8 @@ def _begin(session: Session) -> None:
             session.loss_scale.take(None)
         session.divergence.take(None)
     session.progress = Progress(0, SamplePosition(), 0)
+    if session.run.init is not None:
+        ancestor.take_weights(session, session.run.init, agreement(session.comm))
 
 
 def forget_moments(session: Session) -> None:

@@ -14,6 +14,8 @@ from ..demand import AUTO, Demand, time_text
 from ..options import account, as_minutes, examples, machine_option, path_option, settings, size, verbosity
 
 if TYPE_CHECKING:
+    from ...recipe import Recipe
+    from ...run_dir import Init
     from ..gang import Plan
     from ..prospect import Prospect
 
@@ -23,6 +25,7 @@ _EXAMPLES = examples(
     "prottrans pretrain my_recipe.toml --corpus corpus --set optimizer.learning_rate=2e-3 --set phases.0.steps=500",
     "prottrans pretrain tiny_prot_bert --corpus corpus --dry-run > job.sh",
     "prottrans pretrain prot_bert_bfd --corpus bfd --machine summit --racks 52 --account ABC123 --chain 2 --dry-run",
+    "prottrans pretrain prot_t5_xl_u50 --corpus uniref50 --machine my_cluster.toml --racks 2 --init runs/bfd --after runs/bfd",
 )
 
 RANK_FLAGS: dict[int, tuple[str, ...]] = {terminal.QUIET: ("--quiet",), terminal.NORMAL: (), terminal.VERBOSE: ("--verbose",)}
@@ -42,6 +45,10 @@ class _Choices:
     """Jobs of a chain, or "auto"; None: one job."""
     total_min: int | None
     run_dir: Path | None
+    init: Path | None
+    init_optimizer: bool
+    after: str | None
+    """A job id or a run directory."""
     steps: int | None
     settings: tuple[str, ...]
     dry_run: bool
@@ -66,6 +73,9 @@ def _as_chain(ctx: click.Context, param: click.Parameter, value: str | None) -> 
 @click.option("--chain", metavar="N|auto", callback=_as_chain, help="Submit N jobs, each resuming the one before; auto: as many as the training takes.")
 @click.option("--total-time", "total_min", metavar="H:MM", callback=as_minutes, help="What the whole training takes, if you know it; for --chain auto.")
 @path_option("--run-dir", metavar="DIR", help="Where the run lives.  [default: runs/RECIPE-ID, the same for the same experiment]")
+@path_option("--init", metavar="RUN_OR_CHECKPOINT", help="Begin with the weights of another run, at its end, or of a checkpoint, trained or imported.")
+@click.option("--init-optimizer", is_flag=True, help="With --init: go on with the optimizer's state, too, instead of a new one.")
+@click.option("--after", metavar="JOB|RUN", help="Batch systems: wait in the queue until this job, or the last one of this run, has ended.")
 @click.option("--steps", metavar="N", type=click.IntRange(1), help="End after N optimizer steps in all, resumed ones counted.")
 @settings
 @click.option("--dry-run", is_flag=True, help="Print the job script, and do nothing else.")
@@ -105,7 +115,7 @@ def _plan(choices: _Choices) -> Plan:
     from ...machine import read_machine
     from ...recipe import read_recipe
     from ...run_dir import RunDir
-    from .. import checks, epochs, gang, placement, planner, prospect
+    from .. import ancestor, checks, epochs, gang, placement, planner, prospect
 
     recipe, machine = read_recipe(choices.recipe, choices.settings), read_machine(choices.machine)
     chosen, model_size = checks.check_model(recipe)
@@ -116,7 +126,9 @@ def _plan(choices: _Choices) -> Plan:
     planner.check_account(machine, choices.account)
     facts = checks.read_corpus_facts(choices.corpus, must_exist=not choices.dry_run)
     name = gang.usable_name(choices.recipe)
-    run_dir = RunDir((choices.run_dir or gang.default_run_dir(recipe, name, choices.corpus)).resolve())
+    after = ancestor.job_before(choices.after, machine)
+    init = _init(choices, recipe, waits=after is not None)
+    run_dir = RunDir((choices.run_dir or gang.default_run_dir(recipe, name, choices.corpus, init)).resolve())
     config.check_name(run_dir.path.name, what="the name of the run directory")
     done = max(run_dir.checkpoint_steps(), default=0) if machine.scheduler != "local" else 0
     if facts.sha256:  # after the name was made: the same command finds its run again, whatever the steps come to
@@ -128,7 +140,18 @@ def _plan(choices: _Choices) -> Plan:
         terminal.note(f"note: {remark}")
     flags = RANK_FLAGS[terminal.verbosity()]
     allocation = placement.name_nodes(machine, seen.allocation, required=not choices.dry_run)
-    return gang.Plan(recipe, name, facts, machine, allocation, choices.steps, run_dir, flags, choices.account, _num_jobs(choices, seen))
+    num_jobs = _num_jobs(choices, seen)
+    return gang.Plan(recipe, name, facts, machine, allocation, choices.steps, run_dir, flags, choices.account, num_jobs, init, after)
+
+
+def _init(choices: _Choices, recipe: Recipe, *, waits: bool) -> Init | None:
+    from .. import ancestor
+
+    if choices.init is None:
+        if choices.init_optimizer:
+            raise errors.ConfigError("--init-optimizer says what is taken over by --init: give both")
+        return None
+    return ancestor.find(choices.init, recipe, optimizer=choices.init_optimizer, waits=waits, must_exist=not choices.dry_run)
 
 
 def _num_jobs(choices: _Choices, seen: Prospect) -> int:
