@@ -100,7 +100,7 @@ _SIZES = {
         reference="this project: study size for two CPU cores",
     ),
     "tiny": Size(
-        shape=AlbertShape(num_layers=2, hidden_size=64, intermediate_size=256, num_heads=2, embedding_size=32, max_positions=2_560),
+        shape=AlbertShape(num_layers=2, hidden_size=128, intermediate_size=256, num_heads=2, embedding_size=64, max_positions=2_560, initializer_range=0.05),
         reference="this project: one-minute twin for the demo and the tests",
     ),
 }
