@@ -47,6 +47,8 @@ class Phase:
     """The same in epochs of the corpus, instead of `warmup_steps`; a run has the steps that they come to."""
     learning_rate: Positive | None = None
     """Peak learning rate of this phase, if not the optimizer's."""
+    decay_steps: Count | None = None
+    """Steps of this phase, warm-up included, after which a linear or cosine decay is over, if not all: the rest stays at its end."""
     optimizer_state: Literal["carry", "reset"] = "carry"
     """Whether this phase goes on with the moments of the one before it, or begins with none."""
 
@@ -55,6 +57,8 @@ class Phase:
             raise ValueError("give either global_batch_size or global_batch_residues, not both and not neither")
         if self.warmup_steps > self.steps:
             raise ValueError(f"warmup_steps {self.warmup_steps} exceeds steps {self.steps}")
+        if self.decay_steps is not None and not self.warmup_steps < self.decay_steps <= self.steps:
+            raise ValueError(f"decay_steps {self.decay_steps} must be more than warmup_steps {self.warmup_steps} and at most steps {self.steps}")
         if self.warmup_steps and self.warmup_epochs is not None:
             raise ValueError("give either warmup_steps or warmup_epochs, not both")
 

@@ -49,9 +49,10 @@ def _resolved(number: int, phase: Phase, steps_in_epoch: float) -> Phase:
     if phase.warmup_epochs is None:
         return phase
     steps = math.ceil(phase.warmup_epochs * steps_in_epoch)
-    if steps > phase.steps:
+    most = phase.steps if phase.decay_steps is None else phase.decay_steps - 1
+    if steps > most:
         raise ConfigError(
             f"phases.{number}.warmup_epochs = {phase.warmup_epochs:g} is {steps:,} steps of this corpus ({steps_in_epoch:,.1f} steps an epoch), "
-            f"but the phase has {phase.steps:,}: at most {phase.steps / steps_in_epoch:.3g} epochs"
+            f"but the phase has {'' if most == phase.steps else 'room for '}{most:,}: at most {most / steps_in_epoch:.3g} epochs"
         )
     return replace(phase, warmup_steps=steps, warmup_epochs=None)

@@ -54,8 +54,9 @@ def _inverse_square_root(phase: Phase, schedule: Schedule, done: int) -> float:
 
 
 def _progress(phase: Phase, done: int) -> float:
-    """0 at the first step after the warm-up, 1 when the phase is over."""
-    return (done - phase.warmup_steps) / (phase.steps - phase.warmup_steps)
+    """0 at the first step after the warm-up, 1 when the phase, or its decay, is over."""
+    end = phase.decay_steps or phase.steps
+    return min(1.0, (done - phase.warmup_steps) / (end - phase.warmup_steps))
 
 
 DECAYS: dict[str, Callable[[Phase, Schedule, int], float]] = {

@@ -71,7 +71,7 @@ def test_the_recipe_is_the_scripts(name):
     recipe = read_recipe(name)
     (phase,) = recipe.phases
     assert (recipe.architecture.name, recipe.architecture.size) == ("protein_lm", name)
-    assert (phase.steps, phase.warmup_steps, phase.max_residues + 1) == (1_000_000, 10_000, 2176)
+    assert (phase.steps, phase.decay_steps, phase.warmup_steps, phase.max_residues + 1) == (1_000_000, 990_000, 9_900, 2176)
     assert phase.global_batch_residues == 480 * 4 * 2176
     optimizer = recipe.optimizer
     assert (optimizer.name, optimizer.learning_rate, optimizer.weight_decay, optimizer.clip_norm) == ("adamw", 1e-4, 0.01, 1.0)

@@ -80,6 +80,8 @@ def test_what_cannot_be_is_told_with_what_could() -> None:
     recipe = tiny("phases.0.warmup_epochs=5.0", "phases.0.steps=200")
     with pytest.raises(ConfigError, match=r"is 235 steps of this corpus \(46.9 steps an epoch\), but the phase has 200: at most 4.27 epochs"):
         resolve_warmup(recipe, BERT, FACTS)
+    with pytest.raises(ConfigError, match=r"the phase has room for 99: at most 2.11 epochs"):
+        resolve_warmup(tiny("phases.0.warmup_epochs=5.0", "phases.0.decay_steps=100"), BERT, FACTS)
     with pytest.raises(ConfigError, match="not on this machine"):
         resolve_warmup(recipe, BERT, CorpusFacts(Path("/corpus"), "", 0, 0, 0))
     with pytest.raises(ConfigError, match="either warmup_steps or warmup_epochs"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 
@@ -71,6 +72,20 @@ def test_each_phase_has_its_own_warm_up_peak_and_decay():
     alone = recipe(phase(20, 5), peak=1e-4)
     assert [learning_rate(both, 30 + step) for step in range(20)] == [learning_rate(alone, step) for step in range(20)]
     assert learning_rate(both, 9) == 2e-3
+
+
+@pytest.mark.parametrize("decay", ["linear", "cosine"])
+def test_a_decay_may_be_over_before_its_phase(decay):
+    early = recipe(dataclasses.replace(phase(30, 4), decay_steps=20), decay=decay, final_fraction=0.1, peak=1.0)
+    short = recipe(phase(20, 4), decay=decay, final_fraction=0.1, peak=1.0)
+    assert [learning_rate(early, step) for step in range(20)] == [learning_rate(short, step) for step in range(20)]
+    assert {round(learning_rate(early, step), 12) for step in range(20, 30)} == {0.1}
+
+
+@pytest.mark.parametrize("steps", [4, 31])
+def test_a_decay_that_cannot_be_is_refused(steps):
+    with pytest.raises(ValueError, match=f"decay_steps {steps} must be more than warmup_steps 4 and at most steps 30"):
+        dataclasses.replace(phase(30, 4), decay_steps=steps)
 
 
 def test_a_phase_that_is_all_warm_up():
