@@ -27,13 +27,8 @@ class Level:
 
     @property
     def is_half(self) -> bool:
-        """Whether products are of 16 bits."""
+        """Whether products are of 16 bits; autocast then decides which other operation runs in which type."""
         return self.products in ("bf16", "fp16")
-
-    @property
-    def casts(self) -> bool:
-        """Whether autocast decides which operation runs in which type."""
-        return self.is_half and (self.weights == "fp32" or self.has_masters)
 
     @property
     def scales_loss(self) -> bool:

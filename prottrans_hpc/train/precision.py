@@ -1,9 +1,9 @@
 """Numerical precision on stock torch: autocast, half weights with or without fp32 masters, TF32. What each name means
 stands in `precision_levels`.
 
-With masters (APEX's O2) autocast is on as well: it costs nothing where all is half already and sends losses and
-softmax through fp32, while the norms, whose weights stay fp32, give their result in half. Without (O3) nothing is fp32
-but what an update needs for a moment and the optimizer's state.
+Autocast is on with half weights, too: it costs nothing where all is half already, sends losses and softmax through fp32,
+and lets a model add up in fp32 where it wants to. Norms, whose weights are fp32 with masters (APEX's O2) and half
+without (O3), give their result in half.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def forward_context(precision: str, device: torch.device) -> Context:
         _check_gpu(precision, level, device)
         # Backward passes run outside the context, on threads of their own: this is a setting of the process.
         torch.set_float32_matmul_precision("high" if level.products == "tf32" else "highest")
-    if not level.casts:
+    if not level.is_half:
         return contextlib.nullcontext
     return lambda: torch.autocast(device.type, dtype=_DTYPES[level.products])
 
@@ -57,12 +57,12 @@ def lower_weights(module: nn.Module, precision: str) -> dict[str, Tensor]:
     if level.weights == "fp32":
         return {}
     dtype, kept = _DTYPES[level.weights], set[int]()
-    if level.has_masters:
-        for norm in filter(is_norm, module.modules()):
+    for norm in filter(is_norm, module.modules()):
+        norm.register_forward_pre_hook(_casting_to(torch.float32 if level.has_masters else dtype))
+        norm.register_forward_hook(lambda norm, arguments, result: result.to(dtype))
+        if level.has_masters:
             kept |= {id(parameter) for parameter in norm.parameters(recurse=False)}
-            norm.register_forward_pre_hook(_widen)
-            norm.register_forward_hook(_narrow_to(dtype))
-    else:
+    if not level.has_masters:
         for buffer in module.buffers():
             buffer.data = buffer.data.to(dtype) if buffer.is_floating_point() else buffer.data
     masters: dict[int, Tensor] = {}
@@ -81,12 +81,11 @@ def is_norm(module: nn.Module) -> bool:
     return isinstance(module, (nn.LayerNorm, nn.RMSNorm)) or type(module).__name__.endswith("Norm")
 
 
-def _widen(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(value.float() if isinstance(value, Tensor) and value.is_floating_point() else value for value in arguments)
+def _casting_to(dtype: torch.dtype) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
+    def cast(norm: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value for value in arguments)
 
-
-def _narrow_to(dtype: torch.dtype) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
-    return lambda module, arguments, result: result.to(dtype)
+    return cast
 
 
 @torch.no_grad()
