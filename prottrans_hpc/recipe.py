@@ -67,9 +67,11 @@ class Phase:
 class Schedule:
     """How the learning rate goes over a phase: its warm-up, then its decay."""
 
-    decay: Literal["linear", "inverse_square_root", "cosine", "constant"] = "linear"
+    decay: Literal["linear", "inverse_square_root", "cosine", "constant", "exponential_rise"] = "linear"
     final_fraction: Fraction = 0.0
     """Linear and cosine end a phase at this fraction of the peak."""
+    first_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 1e-4
+    """An exponential rise, the learning rate range test, begins at this fraction of the peak and ends at the peak."""
     warmup: Literal["linear", "constant"] = "linear"
     """During warm-up the rate rises from 0, or is at its peak already and only falls after it (T5's)."""
 

@@ -52,6 +52,7 @@ STAGES = {
     "corpus-show": "prottrans_hpc.corpus.stage:show",
     "corpus-check": "prottrans_hpc.corpus.stage:check",
     "pretrain": "prottrans_hpc.train.stage:pretrain",
+    "lr-range": "prottrans_hpc.train.lr_range:report",
     "embed": "prottrans_hpc.embed.stage:embed",
     "embed-item": "prottrans_hpc.embed.farm:run_item",
     "export": "prottrans_hpc.train.convert:export",

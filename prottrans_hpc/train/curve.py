@@ -47,7 +47,7 @@ def read_curve(run_dir: RunDir) -> Curve:
     training = _losses(run_dir.metrics)
     if not training:
         raise CheckpointError(f"{run_dir.path} has no finished step yet: {run_dir.metrics.name} is empty")
-    starts = (event for event in _objects(run_dir.history) if event.get("event") == "start")
+    starts = (event for event in read_lines(run_dir.history) if event.get("event") == "start")
     return Curve(
         title=f"{run.recipe_name}, {run.allocation.num_ranks} ranks",
         training=training,
@@ -57,7 +57,7 @@ def read_curve(run_dir: RunDir) -> Curve:
     )
 
 
-def _objects(path: Path) -> Iterator[dict[str, Any]]:
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """The whole lines of a JSON lines file; a run that is being written may end in half a line."""
     if not path.is_file():
         return
@@ -67,7 +67,7 @@ def _objects(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _losses(path: Path) -> Points:
-    return tuple((int(entry["step"]), float(entry["loss"])) for entry in _objects(path) if entry.get("loss") is not None)
+    return tuple((int(entry["step"]), float(entry["loss"])) for entry in read_lines(path) if entry.get("loss") is not None)
 
 
 def _unigram_entropy(corpus: Path) -> float | None:

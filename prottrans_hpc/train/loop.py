@@ -109,6 +109,8 @@ def _go_back(session: Session) -> None:
     """Take up the last good checkpoint, once for the same trouble. Raises NumericsError the second time."""
     step = session.progress.step
     session.saver.drain()
+    if session.run.recipe.schedule.decay == "exponential_rise":
+        raise NumericsError(f"the sweep of the learning rate ends at step {step}, where the loss or the gradients are not finite")
     if session.failed_at is not None and session.last_saved <= session.failed_at:
         raise NumericsError(
             f"the loss or the gradients were not finite up to step {step}, and again after going back to step {session.last_saved}. "

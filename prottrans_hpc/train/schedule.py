@@ -53,6 +53,12 @@ def _inverse_square_root(phase: Phase, schedule: Schedule, done: int) -> float:
     return math.sqrt(max(phase.warmup_steps, 1) / (done + 1))
 
 
+def _exponential_rise(phase: Phase, schedule: Schedule, done: int) -> float:
+    """Smith 2017, Cyclical Learning Rates, section 3.3, on a logarithmic axis: each step multiplies the rate alike, the last has the peak."""
+    num_rises = phase.steps - phase.warmup_steps - 1
+    return float(schedule.first_fraction ** (1.0 - (done - phase.warmup_steps) / max(num_rises, 1)))
+
+
 def _progress(phase: Phase, done: int) -> float:
     """0 at the first step after the warm-up, 1 when the phase, or its decay, is over."""
     end = phase.decay_steps or phase.steps
@@ -64,4 +70,5 @@ DECAYS: dict[str, Callable[[Phase, Schedule, int], float]] = {
     "linear": _linear,
     "cosine": _cosine,
     "inverse_square_root": _inverse_square_root,
+    "exponential_rise": _exponential_rise,
 }

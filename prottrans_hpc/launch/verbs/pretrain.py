@@ -24,6 +24,7 @@ _EXAMPLES = examples(
     "prottrans pretrain tiny_prot_bert --corpus corpus --nodes 2 --steps 100 --run-dir runs/first",
     "prottrans pretrain my_recipe.toml --corpus corpus --set optimizer.learning_rate=2e-3 --set phases.0.steps=500",
     "prottrans pretrain tiny_prot_bert --corpus corpus --dry-run > job.sh",
+    "prottrans pretrain tiny_prot_bert --corpus corpus --lr-range 1e-4:1 --steps 100",
     "prottrans pretrain prot_bert_bfd --corpus bfd --machine summit --racks 52 --account ABC123 --chain 2 --dry-run",
     "prottrans pretrain prot_t5_xl_u50 --corpus uniref50 --machine my_cluster.toml --racks 2 --init runs/bfd --after runs/bfd",
 )
@@ -50,6 +51,8 @@ class _Choices:
     after: str | None
     """A job id or a run directory."""
     steps: int | None
+    lr_range: str | None
+    """LOW:HIGH, "" for the default; None: no sweep."""
     settings: tuple[str, ...]
     dry_run: bool
     detach: bool
@@ -77,6 +80,13 @@ def _as_chain(ctx: click.Context, param: click.Parameter, value: str | None) -> 
 @click.option("--init-optimizer", is_flag=True, help="With --init: go on with the optimizer's state, too, instead of a new one.")
 @click.option("--after", metavar="JOB|RUN", help="Batch systems: wait in the queue until this job, or the last one of this run, has ended.")
 @click.option("--steps", metavar="N", type=click.IntRange(1), help="End after N optimizer steps in all, resumed ones counted.")
+@click.option(
+    "--lr-range",
+    metavar="[LOW:HIGH]",
+    is_flag=False,
+    flag_value="",
+    help="Sweep the learning rate from LOW to HIGH over --steps steps (default 100), and print where the loss diverges.",
+)
 @settings
 @click.option("--dry-run", is_flag=True, help="Print the job script, and do nothing else.")
 @click.option("--detach", is_flag=True, help="Run in the background.")
@@ -101,11 +111,28 @@ def pretrain(**given: Any) -> int:
         sys.stdout.flush()
         sys.stdout.buffer.write(plan.script)
         return errors.DONE
+    if choices.lr_range is not None:
+        return _sweep(plan, follow=choices.follow)
     if plan.machine.scheduler != "local":
         return _submit(plan, follow=choices.follow)
     code = gang.carry_out(plan, detach=choices.detach)
     if not choices.detach:
         conclude(plan, code)
+    return code
+
+
+def _sweep(plan: Plan, *, follow: bool) -> int:
+    """Sweep the learning rate, unless that was done, and say what it found."""
+    from .. import gang, lr_range
+
+    if lr_range.is_over(plan):
+        return lr_range.conclude(plan, errors.DONE)
+    if plan.machine.scheduler == "local":
+        return lr_range.conclude(plan, gang.carry_out(plan, detach=False))
+    code = _submit(plan, follow=follow)
+    if follow:
+        return lr_range.conclude(plan, code)
+    terminal.note("when the job has ended, the same command prints what it found")
     return code
 
 
@@ -115,9 +142,12 @@ def _plan(choices: _Choices) -> Plan:
     from ...machine import read_machine
     from ...recipe import read_recipe
     from ...run_dir import RunDir
-    from .. import ancestor, checks, epochs, gang, placement, planner, prospect
+    from .. import ancestor, checks, epochs, gang, lr_range, placement, planner, prospect
 
     recipe, machine = read_recipe(choices.recipe, choices.settings), read_machine(choices.machine)
+    name = gang.usable_name(choices.recipe)
+    if choices.lr_range is not None:
+        recipe, name = lr_range.sweep(recipe, choices), f"{name[:50]}-lr-range"
     chosen, model_size = checks.check_model(recipe)
     if choices.steps is not None and choices.steps > recipe.num_steps:
         raise errors.ConfigError(
@@ -125,7 +155,6 @@ def _plan(choices: _Choices) -> Plan:
         )
     planner.check_account(machine, choices.account)
     facts = checks.read_corpus_facts(choices.corpus, must_exist=not choices.dry_run)
-    name = gang.usable_name(choices.recipe)
     after = ancestor.job_before(choices.after, machine)
     init = _init(choices, recipe, waits=after is not None)
     run_dir = RunDir((choices.run_dir or gang.default_run_dir(recipe, name, choices.corpus, init)).resolve())
