@@ -70,7 +70,8 @@ def _read_config(values: Mapping[str, Any], tensors: frozenset[str]) -> tuple[Pr
             differences.append(f"{key} is {values[key]!r}, this architecture has {choices[0]!r}")
     num_tokens, rows = len(ARCHITECTURE.vocabulary.tokens), values.get("vocab_size")
     if isinstance(rows, int) and rows < num_tokens:
-        differences.append(f"vocab_size is {rows}, the vocabulary has {num_tokens} tokens")
+        hint = " (the authors' conversion for fine-tuning drops [unused1] and the prediction head)" if rows == num_tokens - 1 else ""
+        differences.append(f"vocab_size is {rows}, the vocabulary has {num_tokens} tokens{hint}")
     differences += _foreign_parts(tensors)
     found = {ours: values[theirs] for ours, theirs in (_KEYS | _KEYS_WITH_DEFAULT).items() if theirs in values}
     if differences:
@@ -143,6 +144,7 @@ LAYOUT = HuggingFaceLayout(
     ignored=frozenset({"bert.embeddings.position_ids"}),
     tokenizer_files=_tokenizer_files,
     tokenizer_problems=BERT.tokenizer_problems,
+    own_keys=frozenset({"base_model", "num_hidden_layers"}),
     usage="""from transformers import AutoTokenizer, MegatronBertModel
 
 tokenizer = AutoTokenizer.from_pretrained("DIR")
