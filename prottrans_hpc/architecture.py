@@ -23,6 +23,7 @@ BUILT_IN = {
     "prot_bert": "prottrans_hpc.architectures.prot_bert:ARCHITECTURE",
     "prot_electra": "prottrans_hpc.architectures.prot_electra:ARCHITECTURE",
     "prot_t5": "prottrans_hpc.architectures.prot_t5:ARCHITECTURE",
+    "prot_txl": "prottrans_hpc.architectures.prot_txl:ARCHITECTURE",
     "prot_xlnet": "prottrans_hpc.architectures.prot_xlnet:ARCHITECTURE",
     "protein_lm": "prottrans_hpc.architectures.protein_lm:ARCHITECTURE",
 }

@@ -118,6 +118,8 @@ class Checkpointing:
     keep_last: Count = 3
     keep_every_steps: Natural = 0
     """Checkpoints at multiples of this many steps are kept for ever; 0 keeps none."""
+    lane_memory: Literal["saved", "dropped"] = "saved"
+    """Of models with lanes. Dropped, checkpoints are smaller, and a resumed run goes on with empty memories: not bitwise as an unbroken one."""
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -23,7 +23,7 @@ from .. import architecture, config, durable
 from ..architecture import Architecture
 from ..errors import CheckpointError, DataError
 from ..run_dir import RunDir
-from . import tensor_file
+from . import lane_memory, tensor_file
 
 FORMAT = 1
 STATE = "state.json"
@@ -33,6 +33,8 @@ _log = logging.getLogger(__name__)
 Tensors = dict[str, torch.Tensor]
 Agree = Callable[[bool], bool]
 """Whether a value is true on all ranks."""
+LanesOf = Callable[[int], range]
+"""Which of so many lanes are wanted."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,8 @@ class Checkpoint:
     model: Tensors
     optimizer: Tensors
     """Empty in an imported checkpoint."""
+    memory: tuple[int, torch.Tensor] | None = None
+    """The first of the lanes that were asked for, and a row for each of them; None where there are none."""
 
     @property
     def step(self) -> int:
@@ -99,8 +103,11 @@ def find_checkpoint(source: Path) -> Path:
     raise CheckpointError(f"{source} is neither a checkpoint nor a run directory that has one")
 
 
-def read_checkpoint(path: Path, *, kinds: tuple[str, ...] = _KINDS) -> Checkpoint:
-    """Read a checkpoint into host memory, verifying the bytes that are used. Raises CheckpointError for a damaged one."""
+def read_checkpoint(path: Path, *, kinds: tuple[str, ...] = _KINDS, lanes_of: LanesOf | None = None) -> Checkpoint:
+    """Read a checkpoint into host memory, verifying the bytes that are used; of the memory of lanes, those that `lanes_of` says.
+
+    Raises CheckpointError for a damaged one.
+    """
     listed = _manifest(path)
     state = _read_state(path, listed)
     tensors: dict[str, Tensors] = {kind: {} for kind in _KINDS}
@@ -108,9 +115,19 @@ def read_checkpoint(path: Path, *, kinds: tuple[str, ...] = _KINDS) -> Checkpoin
         for kind in kinds:
             for name in state["files"][kind]:
                 tensors[kind] |= tensor_file.read(path / name, sha256=listed[name].sha256)
+        memory = _read_memory(path, state, listed, lanes_of) if lanes_of else None
     except (FileNotFoundError, ValueError, KeyError) as error:
         raise CheckpointError(f"the checkpoint {path} is damaged: {error}") from error
-    return Checkpoint(path, state, tensors["model"], tensors["optimizer"])
+    return Checkpoint(path, state, tensors["model"], tensors["optimizer"], memory)
+
+
+def _read_memory(path: Path, state: Mapping[str, Any], listed: Mapping[str, durable.FileSeal], lanes_of: LanesOf) -> tuple[int, torch.Tensor] | None:
+    files = [lane_memory.parse_name(name) for name in state["files"].get("memory", [])]
+    if not files:
+        return None
+    lanes = lanes_of(files[0].num_lanes)
+    needed = [file.name for file in files if file.first < lanes.stop and file.end > lanes.start]
+    return lanes.start, lane_memory.rows_of(lanes, [tensor_file.read(path / name, sha256=listed[name].sha256) for name in needed])
 
 
 def load_model(path: Path) -> tuple[Architecture, Any, Tensors]:
@@ -153,7 +170,7 @@ def write_model_checkpoint(path: Path, *, record: Architecture, shape: Any, weig
         durable.write_json(folder / STATE, state)
 
 
-def read_newest(run_dir: RunDir, steps: list[int], agree: Agree) -> Checkpoint | None:
+def read_newest(run_dir: RunDir, steps: list[int], agree: Agree, *, lanes_of: LanesOf | None = None) -> Checkpoint | None:
     """The newest of `steps` that every rank can read intact; None when there are no checkpoints at all.
 
     `agree` tells whether a value is true on all ranks, so that all take the same one. Damaged ones are warned of.
@@ -162,7 +179,7 @@ def read_newest(run_dir: RunDir, steps: list[int], agree: Agree) -> Checkpoint |
     for step in steps:
         found = None
         try:
-            found = read_checkpoint(run_dir.checkpoint(step))
+            found = read_checkpoint(run_dir.checkpoint(step), lanes_of=lanes_of)
         except PermissionError:
             raise
         except (CheckpointError, OSError) as error:

@@ -70,6 +70,11 @@ class LoadedStep:
     """With lanes, where `samples` are the proteins that begin in this rank's pieces: what all ranks' together come to."""
 
     @property
+    def begins_lanes(self) -> bool:
+        """Whether these are lanes at their beginning, without anything before them."""
+        return self.lane_sums is not None and self.position_before.consumed == 0
+
+    @property
     def sample_ids(self) -> Int64:
         """Sequences of the whole global step, int64 [S]; with split sequences one may occur repeatedly."""
         return self.samples.ids

@@ -56,7 +56,7 @@ def _take_steps(session: Session, loader: Loader, validator: Validator) -> Endin
         _enter_phase(session, loaded)
         result = take_step(session, loaded)
         clock.step_taken(data_wait_s=loader.wait_s)
-        session.progress = Progress(loaded.step + 1, loaded.position_after, session.progress.samples + len(loaded.samples))
+        session.progress = Progress(loaded.step + 1, loaded.position_after, session.progress.samples + _samples_of(loaded, result)[0])
         if not result.has_overflowed:
             skipped_in_a_row = 0 if result.is_finite else skipped_in_a_row + 1
         step, ends, stops = session.progress.step, session.progress.step == last_step, result.status.stop > 0
@@ -87,6 +87,14 @@ def _enter_phase(session: Session, loaded: LoadedStep) -> None:
         _log.info("phase %d begins after step %d with a new state of the optimizer", index, loaded.step)
 
 
+def _samples_of(loaded: LoadedStep, result: StepResult) -> tuple[int, str]:
+    """Samples of the whole step, and what tells which; the same on every rank and for every number of ranks."""
+    if loaded.lane_sums is None:
+        return len(loaded.samples), hashlib.blake2b(loaded.sample_ids.tobytes(), digest_size=8).hexdigest()
+    num_samples, fingerprint = result.status.lane_sums
+    return int(num_samples), f"{int(fingerprint):016x}"
+
+
 def _save_is_due(session: Session) -> bool:
     every = session.run.recipe.checkpoint.every_steps
     return session.progress.step // every > session.last_saved // every
@@ -95,7 +103,7 @@ def _save_is_due(session: Session) -> bool:
 def _stage(session: Session) -> float:
     """Copy the state aside; returns for how many seconds this held training up."""
     began = time.perf_counter()
-    session.saver.stage(session.progress.step, resume.training_state(session), resume.tensors_of(session))
+    session.saver.stage(session.progress.step, resume.training_state(session), resume.tensors_of(session), resume.memory_of(session))
     session.last_saved = session.progress.step
     return time.perf_counter() - began
 
@@ -185,19 +193,20 @@ def _record(session: Session, loaded: LoadedStep, result: StepResult, clock: Clo
 def metrics_of(session: Session, loaded: LoadedStep, result: StepResult) -> dict[str, Any]:
     """What a step's numbers are apart from timings: the same for every run of the same recipe, corpus and world size."""
     status, is_finite = result.status, result.is_finite
+    num_samples, order = _samples_of(loaded, result)
     return {
         "step": session.progress.step,
         "phase": loaded.phase,
         "epoch": loaded.position_after.epoch,
         "samples": session.progress.samples,
-        "order": hashlib.blake2b(loaded.sample_ids.tobytes(), digest_size=8).hexdigest(),
+        "order": order,
         "loss": status.mean_loss if is_finite else None,
         "perplexity": perplexity(status.mean_loss) if is_finite else None,
         "accuracy": status.num_correct / max(status.num_targets, 1.0) if is_finite else None,
         **means_of_parts(session, status.parts, status.num_targets, is_finite=is_finite),
         "lr": result.learning_rate,
         "grad_norm": result.gradient_norm,
-        "num_sequences": len(loaded.samples),
+        "num_sequences": num_samples,
         "num_residues": int(status.num_residues),
         "num_targets": int(status.num_targets),
         "skipped": not is_finite,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from typing import Any
 
@@ -9,12 +10,15 @@ import torch
 
 from .. import config, recipe
 from ..comm import Comm
+from ..corpus.lanes import own_lanes
 from ..corpus.order import SamplePosition, position_from_json
 from ..errors import CheckpointError, IdentityError
 from ..stage import find
 from . import ancestor, checkpoint, environment
 from .checkpoint import Checkpoint
 from .precision import put_weights
+from .saving import LaneTensors
+from .schedule import phase_of
 from .session import Progress, Session
 
 _log = logging.getLogger(__name__)
@@ -55,6 +59,19 @@ def tensors_of(session: Session) -> dict[str, dict[str, torch.Tensor]]:
     return {"model": {**session.module.state_dict(), **session.masters}, "optimizer": dict(session.optimizer.state_dict())}
 
 
+def memory_of(session: Session) -> LaneTensors | None:
+    """What this rank remembers of its lanes; None without lanes, and where the recipe does not have it saved. The same choice on all ranks."""
+    if not session.record.lanes or session.run.recipe.checkpoint.lane_memory == "dropped":
+        return None
+    num_lanes = _num_lanes(session, session.progress.step - 1)
+    tensors = session.memory.tensors(own_lanes(num_lanes, session.comm.rank, session.comm.world_size).start)
+    return LaneTensors(num_lanes, tensors) if tensors else None
+
+
+def _num_lanes(session: Session, step: int) -> int:
+    return phase_of(session.run.recipe, step)[1].global_batch_size or 0
+
+
 def restore(session: Session, *, multiple_of: int = 1) -> str | None:
     """Take up the newest intact checkpoint, or the starting weights when there is none. Collective.
 
@@ -63,7 +80,8 @@ def restore(session: Session, *, multiple_of: int = 1) -> str | None:
     """
     steps = session.comm.broadcast_object(session.run_dir.checkpoint_steps()[::-1])
     steps = [step for step in steps if step % multiple_of == 0] or steps
-    found = checkpoint.read_newest(session.run_dir, steps, agreement(session.comm))
+    own = functools.partial(own_lanes, rank=session.comm.rank, world_size=session.comm.world_size)
+    found = checkpoint.read_newest(session.run_dir, steps, agreement(session.comm), lanes_of=own)
     if found is None:
         _begin(session)
     else:
@@ -107,6 +125,11 @@ def _apply(session: Session, found: Checkpoint) -> None:
         session.loss_scale.take(found.state["loss_scale"])
     session.divergence.take(found.state.get("divergence"))
     session.progress = Progress(found.step, position_from_json(found.state["position"]), int(found.state["samples"]))
+    session.memory.forget()
+    if found.memory is not None:
+        session.memory.restore(*found.memory)
+    elif session.record.lanes and session.progress.position.consumed:
+        _log.warning("%s holds no memory of the lanes: they go on with an empty one, so the next steps are not those of an unbroken run", found.path.name)
 
 
 @torch.no_grad()
@@ -120,6 +143,7 @@ def _begin(session: Session) -> None:
         if session.loss_scale:
             session.loss_scale.take(None)
         session.divergence.take(None)
+    session.memory.forget()
     session.progress = Progress(0, SamplePosition(), 0)
     if session.run.init is not None:
         ancestor.take_weights(session, session.run.init, agreement(session.comm))

@@ -23,6 +23,7 @@ from ..comm import Comm
 from ..recipe import Checkpointing
 from ..run_dir import RunDir
 from . import checkpoint, retention
+from .lane_memory import lane_files
 from .tensor_file import Staging, tensor_bytes
 
 _log = logging.getLogger(__name__)
@@ -49,6 +50,21 @@ class FilePlan:
     kind: str
     rank: int
     tensors: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class LaneTensors:
+    """What one rank remembers of its lanes."""
+
+    num_lanes: int
+    """Of all ranks together."""
+    tensors: Mapping[str, torch.Tensor]
+
+
+def plan_memory(memory: LaneTensors | None, world_size: int) -> tuple[FilePlan, ...]:
+    """A file a rank for the memory of its lanes: gigabytes a node at the published sizes, so nobody collects it from others."""
+    files = lane_files(memory.num_lanes, world_size) if memory else []
+    return tuple(FilePlan(file.name, "memory", rank, ()) for rank, file in enumerate(files))
 
 
 def plan_files(sizes: Mapping[str, Mapping[str, int]], world_size: int) -> tuple[FilePlan, ...]:
@@ -90,25 +106,29 @@ class Saver:
         """Whether the files of a save are still being written; the same on every rank."""
         return self._pending is not None
 
-    def stage(self, step: int, state: Mapping[str, Any], tensors: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+    def stage(self, step: int, state: Mapping[str, Any], tensors: Mapping[str, Mapping[str, torch.Tensor]], memory: LaneTensors | None = None) -> None:
         """Copy this rank's share into the staging buffers; blocks for that copy only. `start` does the rest.
 
-        `tensors` has by kind and name what `plan_files` shares out. A save that still runs is finished first.
+        `tensors` has by kind and name what `plan_files` shares out; `memory` is this rank's own. A save that still runs is finished first.
         """
         self._finish_writing()
         self._join()  # on rank 0, the commit of the save before
         if not self._plans:
             self._plans = plan_files({kind: {name: tensor_bytes(t) for name, t in group.items()} for kind, group in tensors.items()}, self._comm.world_size)
-        for plan in self._mine():
-            share = {name: tensors[plan.kind][name] for name in plan.tensors}
-            if plan.name not in self._staging:
+        plans = (*self._plans, *plan_memory(memory, self._comm.world_size))
+        for plan in plans:
+            if plan.rank != self._comm.rank:
+                continue
+            share = memory.tensors if memory and plan.kind == "memory" else {name: tensors[plan.kind][name] for name in plan.tensors}
+            if plan.name not in self._staging or not self._staging[plan.name].fits(share):
                 self._staging[plan.name] = Staging(share)
             self._staging[plan.name].fill(share)
         if self._comm.device.type == "cuda":
             torch.cuda.synchronize(self._comm.device)
-        files = {kind: [plan.name for plan in self._plans if plan.kind == kind] for kind in tensors}
+        files = {kind: [plan.name for plan in plans if plan.kind == kind] for kind in (*tensors, *(["memory"] if memory else []))}
         final = self._run_dir.checkpoint(step)
-        self._pending = _Pending(step, {**state, "files": files}, final, durable.temporary_sibling(final, self._start_id), [0.0] * (_SLOT * len(self._plans)))
+        temporary = durable.temporary_sibling(final, self._start_id)
+        self._pending = _Pending(step, {**state, "files": files}, plans, final, temporary, [0.0] * (_SLOT * len(plans)))
 
     def start(self) -> None:
         """Write what was staged, in the background."""
@@ -128,12 +148,13 @@ class Saver:
             raise self._commit_error or SaveError("rank 0 could not finish a checkpoint; its log has the cause", int(summed[0]))
         if self._pending is None:
             return
-        slots = [summed[1 + i * _SLOT : 1 + (i + 1) * _SLOT] for i in range(len(self._plans))]
-        failed = [plan for plan, slot in zip(self._plans, slots, strict=True) if slot[0] < 0]
+        plans = self._pending.plans
+        slots = [summed[1 + i * _SLOT : 1 + (i + 1) * _SLOT] for i in range(len(plans))]
+        failed = [plan for plan, slot in zip(plans, slots, strict=True) if slot[0] < 0]
         if failed:
             self._fail(failed[0], -int(min(slot[0] for slot in slots)))
         if all(slot[0] > 0 for slot in slots):
-            self._commit(self._pending, {plan.name: bytes(map(int, slot[1:])).hex() for plan, slot in zip(self._plans, slots, strict=True)})
+            self._commit(self._pending, {plan.name: bytes(map(int, slot[1:])).hex() for plan, slot in zip(plans, slots, strict=True)})
 
     def drain(self) -> None:
         """Wait until everything is saved and every rank knows that it is. Collective; raises what a failed save raises."""
@@ -157,25 +178,24 @@ class Saver:
         if self._pending is not None and self._comm.rank == 0:
             shutil.rmtree(self._pending.temporary, ignore_errors=True)
 
-    def _mine(self) -> list[FilePlan]:
-        return [plan for plan in self._plans if plan.rank == self._comm.rank]
-
     def _join(self) -> None:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
 
     def _write(self, pending: _Pending) -> None:
-        for plan in self._mine():
+        for number, plan in enumerate(pending.plans):
+            if plan.rank != self._comm.rank:
+                continue
             try:
                 pending.temporary.mkdir(exist_ok=True)
                 written = self._staging[plan.name].write(pending.temporary / plan.name, self._cancel.is_set)
                 durable.fsync_path(pending.temporary)
             except BaseException as error:
                 pending.error = error
-                pending.slots[self._plans.index(plan) * _SLOT] = -float(errors.exit_code(error))
+                pending.slots[number * _SLOT] = -float(errors.exit_code(error))
                 return
-            start = self._plans.index(plan) * _SLOT
+            start = number * _SLOT
             # The size comes last: the loop may read the slot at any moment, and takes a size for "complete".
             pending.slots[start + 1 : start + _SLOT] = [float(byte) for byte in bytes.fromhex(written.sha256)]
             pending.slots[start] = float(written.num_bytes)
@@ -226,6 +246,7 @@ class Saver:
 class _Pending:
     step: int
     state: dict[str, Any]
+    plans: tuple[FilePlan, ...]
     final: Path
     temporary: Path
     slots: list[float]

@@ -21,7 +21,9 @@ from ..run_dir import Run, RunDir
 from ..stage import find
 from . import precision
 from .divergence import SpikeDetector
-from .loader import Loader
+from .lane_loader import load_lane_steps
+from .lane_memory import LaneMemory
+from .loader import Loader, load_steps
 from .loss_scale import LossScale
 from .optim import Optimizer, build_optimizer
 from .records import Records
@@ -72,6 +74,8 @@ class Session:
     """Newest step in a checkpoint, or on its way into one."""
     failed_at: int | None = None
     """The step at which non-finite numbers last made the run go back to a checkpoint."""
+    memory: LaneMemory = field(default_factory=LaneMemory)
+    """Of this rank's lanes; stays empty for models without."""
 
     def open_loader(self) -> Loader:
         """The steps from here on."""
@@ -84,6 +88,7 @@ class Session:
             position=self.progress.position,
             step=self.progress.step,
             pin_memory=self.comm.device.type == "cuda",
+            load=load_lane_steps if self.record.lanes else load_steps,
         )
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 import torch
@@ -37,6 +38,8 @@ class Status:
     flops: float
     parts: tuple[float, ...] = ()
     """Sums of the addends of the loss that the architecture names, nats."""
+    lane_sums: tuple[float, ...] = ()
+    """With lanes, the fields of `loader.LaneSums` over all ranks."""
 
     @property
     def mean_loss(self) -> float:
@@ -78,6 +81,8 @@ def take_step(session: Session, loaded: LoadedStep) -> StepResult:
         if scaling:
             scaling.grow()
     else:
+        if not math.isfinite(status.loss):
+            session.memory.forget()
         has_overflowed = scaling is not None and math.isfinite(status.loss) and scaling.back_off()
         _tell_skipped(session, loaded, losses, has_overflowed=has_overflowed)
     return StepResult(status, rate, scale.norm, is_finite, loss_scale, has_overflowed)
@@ -91,25 +96,25 @@ def step_seed(seed: int, *, step: int, rank: int) -> int:
 def _forward_backward(session: Session, loaded: LoadedStep, multiplier: float) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients times `multiplier`, summed over micro batches and ranks; the loss of each micro batch, the correct targets and the sums of
     the loss's parts stay on the device."""
+    if loaded.begins_lanes:
+        session.memory.forget()
     losses: list[Tensor] = []
     sums = torch.zeros(1 + len(session.record.loss_parts), dtype=torch.float64, device=session.comm.device)
     batches = with_token_counts(session, loaded.micro_batches)
     last = len(batches) - 1
     for index, batch in enumerate(on_device(batches, session.comm.device)):
-        if index < last:
-            with session.model.no_sync():
-                losses.append(_one(session, batch, sums, multiplier))
-        else:
-            losses.append(_one(session, batch, sums, multiplier))
+        with session.model.no_sync() if index < last else contextlib.nullcontext():
+            losses.append(_one(session, session.memory.put_into(batch, index), sums, multiplier, index))
     session.model.finish_gradients()
     return torch.stack(losses), sums[0], sums[1:]
 
 
-def _one(session: Session, batch: Batch, sums: Tensor, multiplier: float) -> Tensor:
+def _one(session: Session, batch: Batch, sums: Tensor, multiplier: float, index: int) -> Tensor:
     with session.forward():
         result: LossSum = session.model.module(batch)
     session.model.backward(result.loss if multiplier == 1.0 else result.loss * multiplier)
     sums += counted(result)
+    session.memory.take(index, result.memory)
     loss: Tensor = result.loss.detach().double()
     return loss
 
@@ -148,10 +153,13 @@ def _exchange(session: Session, loaded: LoadedStep, losses: Tensor, sums: Tensor
     loss, correct, *parts = torch.cat((losses.sum()[None], sums)).tolist()  # waits for the device
     flops = session.record.flops(session.shape, loaded.lengths.tolist()) if session.peak_flops else 0.0
     own = (float(preemption.requested()), loss, correct, float(loaded.num_targets), float(loaded.num_residues), float(loaded.num_tokens), flops, *parts)
+    lane_sums = tuple(map(float, astuple(loaded.lane_sums))) if loaded.lane_sums else ()
+    own += lane_sums
     summed = session.comm.all_reduce_sum(torch.tensor([*own, *session.saver.report()], dtype=torch.float64)).tolist()
     session.saver.receive(summed[len(own) :])
-    plain, added = summed[: len(own) - len(parts)], summed[len(own) - len(parts) : len(own)]
-    return replace(Status(*plain), parts=tuple(added))
+    num_plain = len(own) - len(parts) - len(lane_sums)
+    added = summed[num_plain : len(own)]
+    return replace(Status(*summed[:num_plain]), parts=tuple(added[: len(parts)]), lane_sums=tuple(added[len(parts) :]))
 
 
 def _tell_skipped(session: Session, loaded: LoadedStep, losses: Tensor, *, has_overflowed: bool) -> None:

@@ -69,6 +69,12 @@ class Staging:
         text += b" " * (-len(text) % 8)
         self._header = struct.pack("<Q", len(text)) + text
 
+    def fits(self, tensors: Mapping[str, torch.Tensor]) -> bool:
+        """Whether `fill` can take these: the same names, types and shapes."""
+        return self._views.keys() == tensors.keys() and all(
+            (view.dtype, view.shape) == (tensors[name].dtype, tensors[name].shape) for name, view in self._views.items()
+        )
+
     def fill(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Copy the tensors in; from a GPU the copies run asynchronously until the device is synchronised."""
         for name, view in self._views.items():
