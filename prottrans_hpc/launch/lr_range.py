@@ -6,6 +6,7 @@ same machine with the same ranks; its recipe differs in the schedule, so it has 
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
     from .gang import Plan
 
 DEFAULT_STEPS, FEWEST_STEPS = 100, 20
-TABLE = "lr_range.csv"
-"""What the stage `lr-range` writes into the run directory, last; tests hold it against the ranks' side."""
 _SPAN = 100.0
 """The default range: so many times below and above the recipe's peak."""
 
@@ -81,8 +80,11 @@ def _range(text: str, peak: float) -> tuple[float, float]:
 
 
 def is_over(plan: Plan) -> bool:
-    """Whether what the sweep found was written already."""
-    return (plan.run_dir.path / TABLE).exists()
+    """Whether the sweep has ended, at its last step or at non-finite numbers: there or in a batch job of before."""
+    if not plan.run_dir.history.exists():
+        return False
+    events = [json.loads(line) for line in plan.run_dir.history.read_text(encoding="utf-8").splitlines()]
+    return bool(events) and events[-1].get("event") == "stop" and events[-1].get("exit_code") in (errors.DONE, errors.NUMERICS)
 
 
 def conclude(plan: Plan, code: int) -> int:

@@ -34,12 +34,6 @@ def test_the_sweep_differs_from_the_recipe_in_its_schedule_alone() -> None:
     assert replace(same, divergence=recipe.divergence, non_finite_limit=recipe.non_finite_limit) == recipe
 
 
-def test_the_table_has_the_same_name_on_both_sides() -> None:
-    from prottrans_hpc.train import lr_range as ranks_side
-
-    assert lr_range.TABLE == ranks_side.TABLE
-
-
 def test_the_default_range_is_around_the_peak() -> None:
     swept = lr_range.sweep(read_recipe("prot_bert"), Given())
     assert (swept.num_steps, swept.optimizer.learning_rate) == (lr_range.DEFAULT_STEPS, pytest.approx(0.2))
