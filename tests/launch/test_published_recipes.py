@@ -11,11 +11,13 @@ from dataclasses import dataclass
 import pytest
 
 from prottrans_hpc import architecture, config
-from prottrans_hpc.launch.batch_arithmetic import check_lanes, plan_batches
+from prottrans_hpc.errors import ConfigError
+from prottrans_hpc.launch.batch_arithmetic import plan_batches
 from prottrans_hpc.launch.campaign import is_campaign, read_campaign
 from prottrans_hpc.launch.checks import check_model
 from prottrans_hpc.launch.demand import Demand
-from prottrans_hpc.launch.planner import allocate
+from prottrans_hpc.launch.memory_fit import GIB
+from prottrans_hpc.launch.prospect import look_ahead
 from prottrans_hpc.machine import read_machine
 from prottrans_hpc.recipe import read_recipe
 
@@ -56,8 +58,7 @@ TABLE_2 = {
     "prot_t5_xxl_bfd": Column(1024, (4_096,), (4,), (512,), (920_000,), (10_000,), *ADAFACTOR, 11_000, "bfd", "inverse_square_root"),
     "prot_t5_xxl_u50": Column(256, (2_048,), (8,), (512,), (343_000,), (10_000,), *ADAFACTOR, 11_000, "uniref50", "inverse_square_root"),
 }
-TABLE_2 = {name: column for name, column in TABLE_2.items() if any(name.startswith(known) for known in architecture.BUILT_IN)}
-NOT_ARITHMETIC = {"prot_txl": (4,)} if "prot_txl" in TABLE_2 else {}
+NOT_ARITHMETIC = {"prot_txl": (4,)}
 """Local batches that the global batch contradicts: 5 x 5,616 are 28,080, not 22,464."""
 SUMMIT = [name for name, column in TABLE_2.items() if column.cores == 5616]
 
@@ -90,11 +91,16 @@ def test_the_published_ranks_get_the_published_local_batch(name: str) -> None:
 
 @pytest.mark.parametrize("name", SUMMIT)
 def test_summit_holds_it_on_52_racks(name: str) -> None:
-    recipe, summit = read_recipe(name), read_machine("summit")
-    chosen, _ = check_model(recipe)
-    allocation = allocate(summit, Demand(num_racks=52))
-    assert (allocation.num_nodes, allocation.num_ranks, allocation.walltime_min) == (936, 5616, 1440)
-    check_lanes(chosen, recipe, summit, num_nodes=936)
+    """Planned in full: queue, lanes, memory."""
+    column = TABLE_2[name]
+    seen = look_ahead(read_recipe(name), read_machine("summit"), Demand(num_racks=52))
+    allocation, (batch,) = seen.allocation, seen.batches
+    assert (allocation.num_nodes, allocation.num_ranks, allocation.walltime_min) == (936, column.cores, 1440)
+    assert (batch.num_sequences, batch.num_ranks) == (column.global_batch[0], column.cores)
+    assert batch.sequences_per_rank * batch.num_ranks == column.global_batch[0]
+    assert seen.memory is not None and seen.memory.peak < 0.9 * 16 * GIB
+    with pytest.raises(ConfigError, match="on one rank"):
+        look_ahead(read_recipe(name), read_machine("summit"), Demand(num_racks=51))
 
 
 @pytest.mark.parametrize("name", NOT_ARITHMETIC)
