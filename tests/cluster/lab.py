@@ -74,7 +74,8 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 SlurmctldParameters=preempt_send_user_signal
 JobRequeue=1
-KillWait=5
+# Long enough to save in on a busy machine (Slurm's default is 30).
+KillWait=15
 MinJobAge=600
 InactiveLimit=0
 # Failures are seen in seconds here, in minutes on a real machine.
@@ -83,7 +84,7 @@ SlurmdTimeout=10
 ReturnToService=2
 TCPTimeout=2
 MessageTimeout=10
-BatchStartTimeout=10
+BatchStartTimeout=60
 CompleteWait=0
 EpilogMsgTime=0
 TreeWidth=65533
@@ -231,7 +232,7 @@ def shell(*lines: str) -> None:
             raise RuntimeError(f"{line}: {done.stderr.strip()}")
 
 
-def wait(condition: Any, what: str, timeout_s: float = 60) -> None:
+def wait(condition: Any, what: str, timeout_s: float = 150) -> None:
     """Wait for something; raises with `what` when it does not come."""
     end = time.monotonic() + timeout_s
     while not condition():

@@ -67,7 +67,7 @@ class Training:
             "num_jobs": num_jobs,
             "walltime_min": walltime_min,
         }
-        said = self.cluster.run(sys.executable, str(HERE / "submit_run.py"), json.dumps(order), code=code, timeout_s=60).stderr
+        said = self.cluster.run(sys.executable, str(HERE / "submit_run.py"), json.dumps(order), code=code).stderr
         if not code:
             self.job_ids = self.cluster.job_ids(self.folder)
         return said

@@ -32,14 +32,14 @@ def nodes_of(run: Training) -> list[str]:
 
 
 def test_a_killed_rank_ends_the_gang_and_the_chain_goes_on(cluster: Cluster, training: MakeTraining, undisturbed: Outcome, same: Same) -> None:
-    run = training()
+    run = training(settings=("parallel.timeout_s=150",))
     run.submit(num_jobs=2)
     run.wait_for_step(60)
     victim = nodes_of(run)[1]
     began = time.monotonic()
     cluster.run("kill", "-KILL", *ranks_on(cluster, victim), node=victim)
     ended = run.wait_event("ended")
-    assert time.monotonic() - began < 30  # of which 5 are Slurm's KillWait; the collective's own limit is 60
+    assert time.monotonic() - began < 120, "by the closed connection, not by the time limit of a collective, which is 150 s"
     assert ended["code"] == 137 and f"lost rank 1 on {victim}" in ended["cause"] and f"{victim}: task 1: Killed" in ended["cause"]
     run.wait_done()
     assert [event["job_id"] for event in run.events("begun")] == run.job_ids
@@ -70,7 +70,7 @@ def test_a_cut_link_ends_the_ranks_on_both_sides(cluster: Cluster, training: Mak
     cluster.cut(victim)
     # Nobody tells either side anything: each finds out by the time limit of a collective.
     cluster.wait(lambda: not ranks_on(cluster, victim) and not ranks_on(cluster, first), "the ranks to end")
-    assert time.monotonic() - began < 8 + 20, "\n".join(path.read_text() for path in (run.folder / "logs").iterdir())
+    assert time.monotonic() - began < 8 + 60, "\n".join(path.read_text() for path in (run.folder / "logs").iterdir())
     assert f"lost rank 1 on {victim}" in run.log, run.story()
     # Slurm has yet to notice; when it does it ends the script, perhaps before that can say a word, and starts the job elsewhere.
     run.wait_event("begun", 2)
