@@ -87,16 +87,19 @@ def activation_bytes(shape: T5Shape, lengths: Sequence[int], precision: str) -> 
     """Bytes that one forward pass keeps for the backward pass, without activation checkpointing.
 
     `precision` is "fp32" or "bf16" (autocast, fp32 weights); weights and their bf16 copies are not counted. Held
-    against saved tensors where attention is the plain products. Raises ConfigError for another precision.
+    against saved tensors to 2 % where attention is the plain products and nothing is dropped; of dropout, whose masks are
+    as a GPU keeps them, the byte an element is counted. Raises ConfigError for another precision.
     """
     if precision not in ("fp32", "bf16"):
         raise ConfigError(f"no activation arithmetic for the precision {precision!r}; known are fp32 and bf16")
     width, attention, number = shape.hidden_size, shape.attention_size, 4 if precision == "fp32" else 2
     # A norm keeps its input and what it scaled in fp32, a factor a token, and its result in the type of the products.
     norm = 8 * width + 4 + number * width
-    feed_forward = norm + number * shape.intermediate_size
-    own = norm + number * 4 * attention
-    cross = norm + number * 5 * attention + 4 * shape.num_heads  # the fused kernel's results are kept once a sequence and once joined
+    drops = shape.dropout > 0.0
+    feed_forward = norm + number * shape.intermediate_size + drops * ((number + 1) * shape.intermediate_size + width)
+    own = norm + number * 4 * attention + drops * width
+    cross = norm + number * 5 * attention + 4 * shape.num_heads + drops * width  # the kernel's results are kept once a sequence and once joined
+    norm += drops * 2 * width  # the stack's last one, and its input
     encoder = shape.num_layers * (own + feed_forward) + norm + 8
     if not shape.num_decoder_layers:
         return sum(lengths) * encoder

@@ -83,6 +83,9 @@ def test_bf16_keeps_less_for_the_backward_pass():
     shape = RECORD.size("small").shape
     assert activation_bytes(shape, [300], "bf16") < 0.7 * activation_bytes(shape, [300], "fp32")
     assert activation_bytes(dataclasses.replace(shape, num_decoder_layers=0), [300], "bf16") < 0.5 * activation_bytes(shape, [300], "bf16")
+    dropping = dataclasses.replace(shape, dropout=0.1)
+    inner = 300 * 2 * shape.num_layers * shape.intermediate_size * (2 + 1)  # the feed-forward parts' dropped copies and masks
+    assert inner < activation_bytes(dropping, [300], "bf16") - activation_bytes(shape, [300], "bf16") < 2 * inner
     with pytest.raises(ConfigError, match="'fp8'"):
         activation_bytes(shape, [300], "fp8")
 
