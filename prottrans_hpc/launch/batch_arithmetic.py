@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from .. import architecture
 from ..architecture import Architecture
 from ..errors import ConfigError
 from ..machine import Machine
@@ -62,11 +63,14 @@ def plan_batches(recipe: Recipe, *, num_ranks: int, mean_residues: float | None 
 
 
 def _plan_phase(recipe: Recipe, number: int, phase: Phase, num_ranks: int, mean_residues: float) -> PhaseBatch:
-    mean = min(mean_residues, float(phase.max_residues))
+    has_lanes = architecture.get(recipe.architecture.name).lanes  # each gives a piece of exactly so many tokens
+    mean = float(phase.max_residues) if has_lanes else min(mean_residues, float(phase.max_residues))
     num_sequences = phase.global_batch_size or max(1, int((phase.global_batch_residues or 0) / mean))
     bin_residues = max(recipe.loading.bin_residues, phase.max_residues)
-    # As the packing does: bins over 99 % full are hardly ever even enough.
-    num_micro_batches = max(1, math.ceil(1.01 * num_sequences * mean / (num_ranks * bin_residues)))
+    if has_lanes:
+        num_micro_batches = max(1, math.ceil(num_sequences / num_ranks / (bin_residues // phase.max_residues)))
+    else:  # as the packing does: bins over 99 % full are hardly ever even enough
+        num_micro_batches = max(1, math.ceil(1.01 * num_sequences * mean / (num_ranks * bin_residues)))
     return PhaseBatch(number, num_sequences, mean, num_ranks, bin_residues, num_micro_batches)
 
 

@@ -29,6 +29,8 @@ _STATE = {"lamb": 8.0, "adamw": 8.0, "adam": 8.0, "adafactor": 0.2}
 _UPDATE = {"lamb": 12.0, "adamw": 0.0, "adam": 0.0, "adafactor": 1.0}
 """Bytes a parameter that an update on a GPU needs for a moment: LAMB's scaled gradients, denominators and directions; Adafactor's directions
 of the largest tensor (a position table of ProtBert's has a tenth of all parameters, twice 4 bytes)."""
+_GROUP = {"lamb": 1 << 26}
+"""Parameters that are updated at once, where it is not all; tests hold it against the ranks' side."""
 _CAST = 2
 """Bytes a parameter of the copies that autocast keeps of fp32 weights during a step."""
 _FP32 = 4
@@ -136,7 +138,7 @@ def _need(recipe: Recipe, chosen: Architecture, shape: Any, residues: list[int],
         optimizer=state,
         cast_weights=_CAST * count if level.is_half and level.weight_bytes == _FP32 else 0,
         activations=max(activations),
-        update=widened + (round(_UPDATE[recipe.optimizer.name] * count) if on_gpu else 0),
+        update=widened + (round(_UPDATE[recipe.optimizer.name] * min(count, _GROUP.get(recipe.optimizer.name, count))) if on_gpu else 0),
         checkpoint=0 if on_gpu else ((masters or level.weight_bytes * count) + state) // min(num_ranks, _MOST_WRITERS),
     )
 

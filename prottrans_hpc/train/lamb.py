@@ -17,7 +17,7 @@ dozen operations is what costs, and multi-tensor operations for GPUs, where star
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +27,8 @@ from .. import recipe_optimizers
 from . import kernel
 from .optim import decays, load_into
 
+GROUP_PARAMETERS = 1 << 26
+"""Most parameters that a GPU updates at once; a larger tensor goes alone. The planner counts on it."""
 _PIECE = 1 << 16
 """Elements that the loop takes at once: six arrays of this size fit into a core's own cache."""
 
@@ -160,7 +162,25 @@ def _update_one(slot: Slot, update: Update, directions: Tensor, scratch: Tensor)
 
 
 def update_by_foreach(slots: list[Slot], update: Update) -> None:
-    """One multi-tensor kernel an operation; nothing waits for the device."""
+    """One multi-tensor kernel an operation and group; nothing waits for the device."""
+    for group in _groups(slots):
+        _update_group(group, update)
+
+
+def _groups(slots: list[Slot]) -> Iterator[list[Slot]]:
+    """Slots whose updates are in memory together: what an update needs for a moment is 12 bytes a parameter of one group."""
+    group: list[Slot] = []
+    total = 0
+    for slot in slots:
+        total += slot.parameter.numel()
+        if group and total > GROUP_PARAMETERS:
+            yield group
+            group, total = [], slot.parameter.numel()
+        group.append(slot)
+    yield group
+
+
+def _update_group(slots: list[Slot], update: Update) -> None:
     parameters, gradients = [s.parameter for s in slots], [gradient(s) for s in slots]
     exp_avgs, exp_avg_sqs = [s.exp_avg for s in slots], [s.exp_avg_sq for s in slots]
     scaled = torch._foreach_mul(gradients, update.gradient_factor)

@@ -133,3 +133,31 @@ def test_lanes_are_counted_in_sequences(lane_model: str) -> None:
 @pytest.mark.parametrize("num_nodes", [1, 3, 52, 64])
 def test_packed_architectures_run_on_any_number_of_ranks(num_nodes: int) -> None:
     check_lanes(architecture.get("prot_bert"), read_recipe("tiny_prot_bert"), read_machine("laptop"), num_nodes=num_nodes)
+
+
+@pytest.mark.parametrize("bin_residues", [512, 2048, 4096])
+def test_lanes_are_full_whatever_the_lengths_in_the_corpus(bin_residues: int) -> None:
+    """Every lane gives a piece of exactly so many tokens; ranks take as many together as a bin holds, as the loader does."""
+    from prottrans_hpc.train.lane_loader import split_lanes
+
+    recipe = read_recipe("prot_txl_bfd", (f"loading.bin_residues={bin_residues}",))
+    for mean_residues in (None, 180.0):
+        (batch,) = plan_batches(recipe, num_ranks=5616, mean_residues=mean_residues)
+        assert (batch.mean_residues, batch.sequences_per_rank) == (512.0, 8.0)
+        assert batch.num_micro_batches == len(split_lanes(np.arange(8), recipe, recipe.phases[0])) == 8 * 512 // bin_residues
+        assert batch.fullest_micro_batch(512) == bin_residues
+
+
+def test_the_published_36_hours_of_prot_txl_are_two_jobs_of_the_24_hour_bin() -> None:
+    from prottrans_hpc.launch.plan_text import describe
+    from prottrans_hpc.launch.prospect import Assumptions, look_ahead
+
+    recipe, summit = read_recipe("prot_txl_bfd"), read_machine("summit")
+    published = look_ahead(recipe, summit, Demand(num_racks=52), assumptions=Assumptions(total_min=36 * 60))
+    assert (published.allocation.num_nodes, published.allocation.num_ranks, published.allocation.walltime_min) == (936, 5616, 1440)
+    assert published.num_jobs == 2
+    told = dict(describe(published))
+    assert "bin 2" in told["queue"] and told["jobs"].startswith("2 chained jobs")
+    # By 6 x parameters x tokens, 36 hours are 3.5 % of the tensor cores' peak (see the notes of the recipe); here memory and distances count too.
+    slow = look_ahead(recipe, summit, Demand(num_racks=52), assumptions=Assumptions(utilisation=0.045))
+    assert slow.num_jobs == 2
