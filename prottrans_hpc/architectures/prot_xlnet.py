@@ -142,7 +142,7 @@ _SIZES = {
         reference="this project: study size for two CPU cores",
     ),
     "tiny": Size(
-        shape=XLNetShape(num_layers=2, hidden_size=64, intermediate_size=256, num_heads=2, memory_length=64, dropout=0.0),
+        shape=XLNetShape(num_layers=2, hidden_size=64, intermediate_size=256, num_heads=2, memory_length=64, dropout=0.0, initializer_range=0.1),
         reference="this project: one-minute twin for the demo and the tests",
     ),
 }

@@ -89,7 +89,7 @@ def test_the_recipe_is_the_published_one():
     assert recipe.precision == "fp32"
 
 
-@pytest.mark.parametrize("name", ["prot_xlnet", "small_prot_xlnet"])
+@pytest.mark.parametrize("name", ["prot_xlnet", "small_prot_xlnet", "tiny_prot_xlnet"])
 def test_the_lanes_of_a_recipe_divide_over_many_world_sizes_and_outlast_the_memory(name):
     recipe = read_recipe(name)
     (phase,) = recipe.phases

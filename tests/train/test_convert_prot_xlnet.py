@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import json
 import shutil
@@ -34,7 +35,7 @@ def import_(source, out):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A checkpoint of a tiny ProtXLNet, and its module."""
-    model = build(RECORD.size("tiny").shape)
+    model = build(dataclasses.replace(RECORD.size("tiny").shape, initializer_range=0.02))
     model.initialise(3)
     with torch.no_grad():
         for parameter in filter(lambda parameter: parameter.requires_grad, model.parameters()):

@@ -85,7 +85,7 @@ def make_xlnet() -> Callable[..., ProtXLNet]:
     """`make_xlnet(size, **changes of the shape)`: matrices five times the usual, biases and norms not at their start."""
 
     def make(size: str = "tiny", **changes: object) -> ProtXLNet:
-        model = build(dataclasses.replace(RECORD.size(size).shape, **changes))
+        model = build(dataclasses.replace(RECORD.size(size).shape, **({"initializer_range": 0.02} | changes)))
         model.initialise(7)
         generator = torch.Generator().manual_seed(8)
         with torch.no_grad():
