@@ -29,7 +29,7 @@ def prepare_biased(cu_seqlens: Tensor, bias_HR: Tensor, *, causal: bool, dropout
     0, others at every call; the plain products alone have that.
     """
     reach = bias_HR.shape[1] // 2
-    if bias_HR.shape[1] == 0 or cu_seqlens.shape[0] == 1:
+    if cu_seqlens.shape[0] == 1:
         return lambda query, key, value: query + key + value + bias_HR.sum()
     if causal:
         future_R = torch.arange(-reach, reach + 1, device=bias_HR.device) > 0
@@ -192,13 +192,14 @@ def _per_sequence(cu_seqlens: Tensor, bias_HR: Tensor, _causal: bool) -> Attend:
 def _flex(cu_seqlens: Tensor, bias_HR: Tensor, causal: bool) -> Attend:
     """Compiled block-sparse attention, CUDA, any precision."""
     mask: Any = None
+    score_mod = biased_score(bias_HR)
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         nonlocal mask
         if mask is None:
             mask = attention.flex_block_mask(cu_seqlens, len(query), causal=causal)
         rows = (part.transpose(0, 1)[None] for part in (query, key, value))
-        result: Tensor = attention.compiled_flex()(*rows, score_mod=biased_score(bias_HR), block_mask=mask, scale=1.0)
+        result: Tensor = attention.compiled_flex()(*rows, score_mod=score_mod, block_mask=mask, scale=1.0)
         return result[0].transpose(0, 1)
 
     return attend
@@ -206,11 +207,14 @@ def _flex(cu_seqlens: Tensor, bias_HR: Tensor, causal: bool) -> Attend:
 
 def biased_score(bias_HR: Tensor) -> Callable[..., Tensor]:
     """The score modification of flex_attention that adds the bias."""
-    reach = bias_HR.shape[1] // 2
+    # Tensors, not numbers, so that a batch of another length does not compile anew.
+    last = torch.tensor(bias_HR.shape[1] - 1, device=bias_HR.device)
+    reach, nearest = last // 2, torch.zeros_like(last)
 
     def score_mod(score: Tensor, _batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
         # Farther than the reach are only tokens of other sequences, which the mask hides.
-        return score + bias_HR[head, (column - row + reach).clamp(0, 2 * reach)]
+        place = torch.minimum(torch.maximum(column - row + reach, nearest), last)
+        return score + bias_HR[head, place]
 
     return score_mod
 
