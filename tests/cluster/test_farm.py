@@ -81,6 +81,7 @@ def test_a_lost_node_s_items_are_run_elsewhere(cluster, tmp_path, tiny_checkpoin
     cluster.wait(lambda: cluster.run("squeue", "--noheader", "--states=running", "--format=%N").stdout.split(), "the item to run")
     (node,) = cluster.run("squeue", "--noheader", "--states=running", "--format=%N").stdout.split()
     cluster.off(node)
+    cluster.run("scontrol", "update", f"nodename={node}", "state=down", "reason=test")  # Slurm would see it after half a minute
     told, _ = process.communicate(timeout=300)
     assert process.returncode == 0, told
     single = tmp_path / "single.h5"
