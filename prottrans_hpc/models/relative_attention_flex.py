@@ -41,15 +41,14 @@ def attend_by_flex(sight: Sight, dropout: float) -> Streams:
 def _stream(sight: Sight, *, strictly: bool) -> Attend:
     # A target must not see its own place in the order, a token may.
     prepared = functools.cache(functools.partial(_prepare, sight, strictly=strictly))
-    farthest = sight.max_length + sight.num_memory
 
     def attend(query: Tensor, query_distance: Tensor, keys: Keys, table: Tensor) -> Tensor:
         ((key, value),) = keys.parts
-        rows, columns, mask = prepared(len(key))
+        own_N, distance_K, mask = prepared(len(key))
         products_HNP = torch.bmm(query_distance.transpose(0, 1), table.permute(1, 2, 0))
 
         def add_distance(score: Tensor, _batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
-            return score + products_HNP[head, row, farthest - rows.position[row] + columns.position[column]]
+            return score + products_HNP[head, row, distance_K[column] - own_N[row]]
 
         parts = (part.transpose(0, 1)[None] for part in (query, key, value))
         result: Tensor = _kernel(query.device.type)(*parts, score_mod=add_distance, block_mask=mask, scale=1.0)
@@ -66,7 +65,8 @@ def _kernel(device_type: str) -> Callable[..., Any]:
     return torch.compile(kernel, dynamic=True) if device_type == "cuda" else kernel
 
 
-def _prepare(sight: Sight, num_keys: int, *, strictly: bool) -> tuple[_Places, _Places, Any]:
+def _prepare(sight: Sight, num_keys: int, *, strictly: bool) -> tuple[Tensor, Tensor, Any]:
+    """Two tensors whose difference is the column of a pair's distance (no number is compiled in), and the mask."""
     columns = _keys(sight, num_keys)
     is_token = columns.position >= sight.num_memory
     of_tokens = _Places(*(part[is_token] for part in vars(columns).values()))
@@ -77,7 +77,8 @@ def _prepare(sight: Sight, num_keys: int, *, strictly: bool) -> tuple[_Places, _
         same = (rows.sequence[row] == columns.sequence[column]) & (rows.document[row] == columns.document[column])
         return same & (columns.order[column] <= last_seen_N[row])
 
-    return rows, columns, _block_mask(rows.sequence, columns.sequence, may_see)
+    farthest = sight.max_length + sight.num_memory
+    return rows.position, columns.position + farthest, _block_mask(rows.sequence, columns.sequence, may_see)
 
 
 def _keys(sight: Sight, num_keys: int) -> _Places:
