@@ -167,3 +167,27 @@ def test_a_step_is_shared_out_without_loss(global_batch: int) -> None:
     assert {len(plan.bins_of(index)) for index in range(RANKS)} == {plan.num_micro_batches}
     residues = [sum(int(lengths[members].sum()) for members in plan.bins_of(index)) for index in range(RANKS)]
     assert max(residues) <= 4096 * plan.num_micro_batches
+
+
+def test_every_rank_reads_eight_lanes_of_its_own_and_few_ranks_would_read_the_same() -> None:
+    """The published global batch of ProtTXL as lanes; what a rank reads is looked at for one rank in 400."""
+    from prottrans_hpc.corpus.lanes import LaneOrder
+    from prottrans_hpc.corpus.order import ArrayLengths, SamplePosition
+    from prottrans_hpc.recipe import Order
+    from prottrans_hpc.train.lane_memory import own_lanes
+
+    num_lanes, tokens = 44_928, 512
+    own = [own_lanes(num_lanes, index, RANKS) for index in range(RANKS)]
+    assert [lane for lanes in own for lane in lanes] == list(range(num_lanes)) and {len(lanes) for lanes in own} == {8}
+    lengths = ArrayLengths(np.random.default_rng(0).integers(20, 1200, size=200_000))
+
+    def read(lanes: range) -> list[list[int]]:
+        order = LaneOrder(lengths, seed=4, order=Order(), num_lanes=num_lanes, piece_tokens=tokens, num_specials=2)
+        pieces = order.pieces(SamplePosition(0, 1), np.array(lanes))
+        assert np.bincount(pieces.piece_of, weights=pieces.num_tokens).tolist() == [tokens + 1] * len(lanes)
+        return [pieces.ids.tolist(), pieces.offsets.tolist(), pieces.num_tokens.tolist()]
+
+    for index in range(0, RANKS, 400):
+        doubled = read(own_lanes(num_lanes, index // 2, RANKS // 2))  # half as many ranks: this one's lanes and a neighbour's
+        mine = read(own[index])
+        assert [column[: len(part)] for column, part in zip(doubled, mine, strict=True)] == mine
