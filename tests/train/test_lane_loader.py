@@ -20,7 +20,7 @@ from prottrans_hpc.train.lane_memory import LaneMemory, lane_files, parse_name, 
 from prottrans_hpc.train.loader import Share
 
 VOCABULARY = architecture.get("prot_txl").vocabulary
-SETTINGS = ("phases.0.global_batch_size=12", "phases.0.max_residues=48", "phases.0.steps=8", "phases.0.warmup_steps=1")
+SETTINGS = ("objective.protein_end=reset", "phases.0.global_batch_size=12", "phases.0.max_residues=48", "phases.0.steps=8", "phases.0.warmup_steps=1")
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from prottrans_hpc.train.checkpoint import find_checkpoint, read_checkpoint
 from prottrans_hpc.train.lane_memory import parse_name
 
 # 12 lanes of 48 tokens: three or more micro batches a rank, and an epoch of the 40 proteins ends after some 16 steps.
-LANES = ("phases.0.global_batch_size=12", "phases.0.steps=20", "loading.bin_residues=100")
+LANES = ("objective.protein_end=reset", "phases.0.global_batch_size=12", "phases.0.steps=20", "loading.bin_residues=100")
 
 
 @pytest.fixture(scope="module")
