@@ -96,6 +96,8 @@ class Loading:
     """Residues of one packed micro batch; raised to the phase's `max_residues` where that is larger."""
     prefetch_steps: Count = 2
     """Steps prepared ahead in the background."""
+    uneven_lanes: bool = False
+    """Of models with lanes: where the ranks do not divide them, some ranks have one more, and the others wait for them."""
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -157,6 +157,5 @@ def enter_phase(order: LaneOrder, position: SamplePosition, *, previous: LaneOrd
 
 
 def own_lanes(num_lanes: int, rank: int, world_size: int) -> range:
-    """The lanes that live on a rank; the world size divides their number."""
-    share = num_lanes // world_size
-    return range(rank * share, (rank + 1) * share)
+    """The lanes that live on a rank: equally many on each, or one more on some where the world size does not divide them."""
+    return range(rank * num_lanes // world_size, (rank + 1) * num_lanes // world_size)

@@ -36,6 +36,8 @@ class PhaseBatch:
     """Most residues that a micro batch may have."""
     num_micro_batches: int
     """Of each rank and step: the accumulation steps."""
+    fullest: int | None = None
+    """Residues of the fullest micro batch, where they are known: with lanes."""
 
     @property
     def sequences_per_rank(self) -> float:
@@ -54,6 +56,8 @@ class PhaseBatch:
 
     def fullest_micro_batch(self, max_residues: int) -> int:
         """Residues that the fullest micro batch is expected to have: even packing, but a whole long sequence always fits."""
+        if self.fullest is not None:
+            return self.fullest
         return min(self.bin_residues, max(max_residues, math.ceil(_SLACK * self.residues_per_micro_batch)))
 
 
@@ -68,9 +72,12 @@ def _plan_phase(recipe: Recipe, number: int, phase: Phase, num_ranks: int, mean_
     num_sequences = phase.global_batch_size or max(1, int((phase.global_batch_residues or 0) / mean))
     bin_residues = max(recipe.loading.bin_residues, phase.max_residues)
     if has_lanes:
-        num_micro_batches = max(1, math.ceil(num_sequences / num_ranks / (bin_residues // phase.max_residues)))
-    else:  # as the packing does: bins over 99 % full are hardly ever even enough
-        num_micro_batches = max(1, math.ceil(1.01 * num_sequences * mean / (num_ranks * bin_residues)))
+        most = -(-num_sequences // num_ranks)
+        num_micro_batches = -(-most // (bin_residues // phase.max_residues))
+        fullest = -(-most // num_micro_batches) * phase.max_residues
+        return PhaseBatch(number, num_sequences, mean, num_ranks, bin_residues, num_micro_batches, fullest)
+    # As the packing does: bins over 99 % full are hardly ever even enough.
+    num_micro_batches = max(1, math.ceil(1.01 * num_sequences * mean / (num_ranks * bin_residues)))
     return PhaseBatch(number, num_sequences, mean, num_ranks, bin_residues, num_micro_batches)
 
 
@@ -83,10 +90,11 @@ def check_lanes(chosen: Architecture, recipe: Recipe, machine: Machine, *, num_n
         lanes = phase.global_batch_size
         if lanes is None:
             raise ConfigError(f"{chosen.name} trains in lanes, one a sequence of a step: give phases.{number}.global_batch_size, not global_batch_residues")
-        if lanes % num_ranks:
+        if lanes < num_ranks or (lanes % num_ranks and not recipe.loading.uneven_lanes):
+            uneven = f". Or some ranks have {lanes // num_ranks + 1} lanes and the others, which wait, {lanes // num_ranks}: --set loading.uneven_lanes=true"
             raise ConfigError(
                 f"{chosen.name} keeps each of the {lanes:,} lanes of phases.{number}.global_batch_size on one rank, and {num_nodes} nodes "
-                f"have {num_ranks:,} ranks, which do not divide them: {_nearest_sizes(recipe, machine, num_nodes)}"
+                f"have {num_ranks:,} ranks, which do not divide them: {_nearest_sizes(recipe, machine, num_nodes)}{uneven if lanes > num_ranks else ''}"
             )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,11 @@ def check_model(recipe: Recipe) -> tuple[Architecture, Size]:
                 f"{special} of them for special tokens: at most {positions - special} residues"
             )
     return chosen, size
+
+
+def sets_bins(settings: Sequence[str]) -> bool:
+    """Whether a person has chosen the size of the micro batches with --set."""
+    return any(setting.partition("=")[0].strip() == "loading.bin_residues" for setting in settings)
 
 
 def read_corpus_facts(corpus: Path, *, must_exist: bool = True) -> CorpusFacts:

@@ -82,26 +82,42 @@ def memory_need(recipe: Recipe, chosen: Architecture, shape: Any, batches: list[
     return _need(recipe, chosen, shape, residues, num_ranks=batches[0].num_ranks, on_gpu=on_gpu)
 
 
+def fitting_bins(recipe: Recipe, machine: Machine, chosen: Architecture, shape: Any, batches: list[PhaseBatch]) -> int | None:
+    """The largest micro batches, residues, that the machine's memory has room for; None where the recipe's fit, or even the smallest do not."""
+    memory = memory_gib(machine, batches[0].num_ranks)
+    if memory is None:
+        return None
+    needed_with = _peak_by_bins(recipe, machine, chosen, shape, batches)
+    return None if needed_with(recipe.loading.bin_residues) <= _usable(memory) else _largest_bins(recipe, _usable(memory), needed_with)
+
+
 def check_memory(recipe: Recipe, machine: Machine, chosen: Architecture, shape: Any, batches: list[PhaseBatch]) -> MemoryNeed | None:
     """What a rank needs; None where the machine's memory is unknown. Raises ConfigError with the numbers when it cannot fit."""
     memory = memory_gib(machine, batches[0].num_ranks)
     if memory is None:
         return None
-    on_gpu, usable = machine.node.gpu is not None, memory * (1.0 - MARGIN) * GIB
-    need = memory_need(recipe, chosen, shape, batches, on_gpu=on_gpu)
-    if need.peak <= usable:
+    need = memory_need(recipe, chosen, shape, batches, on_gpu=machine.node.gpu is not None)
+    if need.peak <= _usable(memory):
         return need
-    longest = max(phase.max_residues for phase in recipe.phases)
-
-    def needed_with(bin_residues: int) -> int:
-        sizes = [min(bin_residues, batch.fullest_micro_batch(recipe.phases[batch.phase].max_residues)) for batch in batches]
-        return _need(recipe, chosen, shape, sizes, num_ranks=batches[0].num_ranks, on_gpu=on_gpu).peak
-
     place = f"{machine.node.gpu.name} of {machine.name} has" if machine.node.gpu else f"a rank on {machine.name} has"
     raise ConfigError(
         f"{recipe.architecture.name} {recipe.architecture.size} in {recipe.precision} does not fit: {need_text(need)}; {place} {memory:.1f} GiB, "
-        f"of which {100 * MARGIN:.0f} % are kept free. {_advice(recipe, usable, needed_with, longest)}"
+        f"of which {100 * MARGIN:.0f} % are kept free. {_advice(recipe, _usable(memory), _peak_by_bins(recipe, machine, chosen, shape, batches))}"
     )
+
+
+def _usable(memory: float) -> float:
+    return memory * (1.0 - MARGIN) * GIB
+
+
+def _peak_by_bins(recipe: Recipe, machine: Machine, chosen: Architecture, shape: Any, batches: list[PhaseBatch]) -> Callable[[int], int]:
+    """The peak of a rank as a function of `loading.bin_residues`."""
+
+    def needed_with(bin_residues: int) -> int:
+        sizes = [min(bin_residues, batch.fullest_micro_batch(recipe.phases[batch.phase].max_residues)) for batch in batches]
+        return _need(recipe, chosen, shape, sizes, num_ranks=batches[0].num_ranks, on_gpu=machine.node.gpu is not None).peak
+
+    return needed_with
 
 
 def need_text(need: MemoryNeed) -> str:
@@ -149,10 +165,16 @@ def _lengths(residues: int, max_residues: int, special: int) -> list[int]:
     return [max_residues + special] * whole + ([rest + special] if rest else [])
 
 
-def _advice(recipe: Recipe, usable: float, needed_with: Callable[[int], int], longest: int) -> str:
-    fitting = [size for size in range(longest, max(longest, recipe.loading.bin_residues) + 1, _STEP_RESIDUES) if needed_with(size) <= usable]
+def _largest_bins(recipe: Recipe, usable: float, needed_with: Callable[[int], int]) -> int | None:
+    longest = max(phase.max_residues for phase in recipe.phases)
+    sizes = range(longest, max(longest, recipe.loading.bin_residues) + 1, _STEP_RESIDUES)
+    return max((size for size in sizes if needed_with(size) <= usable), default=None)
+
+
+def _advice(recipe: Recipe, usable: float, needed_with: Callable[[int], int]) -> str:
+    fitting, longest = _largest_bins(recipe, usable, needed_with), max(phase.max_residues for phase in recipe.phases)
     if fitting:
-        return f"Take smaller micro batches: --set loading.bin_residues={fitting[-1]} is the largest that fits (the step stays the same)"
+        return f"Take smaller micro batches: --set loading.bin_residues={fitting} is the largest that fits (the step stays the same)"
     ways = ["--set memory.recompute_every=1 computes layers again for the gradient instead of keeping them"] if not recipe.memory.recompute_every else []
     ways += ["--set precision=bf16 (or fp16) halves the activations, if the hardware has it"] if not LEVELS[recipe.precision].is_half else []
     other = "".join(f"{way}; " for way in ways) + ("else " if ways else "")

@@ -28,6 +28,7 @@ def describe(prospect: Prospect) -> Iterator[tuple[str, str]]:
     yield "time", _time_text(prospect)
     yield from _job_lines(prospect)
     yield from _storage_lines(prospect)
+    yield from (("note", note) for note in prospect.notes)
     yield from (("note", remark) for remark in planner.remarks(prospect.recipe, prospect.machine, prospect.allocation))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .. import architecture
@@ -15,7 +15,7 @@ from .checks import CorpusFacts
 from .demand import Demand
 from .duration import ASSUMED_UTILISATION, count_jobs, estimate_minutes
 from .epochs import steps_per_epoch
-from .memory_fit import GIB, MemoryNeed, check_memory
+from .memory_fit import GIB, MemoryNeed, check_memory, fitting_bins
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class Prospect:
     """A plan and what it comes to."""
 
     recipe: Recipe
+    """With micro batches that fit."""
     machine: Machine
     allocation: Allocation
     batches: list[PhaseBatch]
@@ -46,6 +47,8 @@ class Prospect:
     """Minutes that the training still takes; None: unknown."""
     assumptions: Assumptions
     corpus: CorpusFacts | None
+    notes: tuple[str, ...] = ()
+    """What was changed to make it work, a line each."""
 
     @property
     def num_jobs(self) -> int | None:
@@ -77,10 +80,25 @@ class Prospect:
         return None if self.node_hours_per_job is None else self.node_hours_per_job * self.allocation.ranks_per_node * self.allocation.gpus_per_rank
 
 
-def look_ahead(recipe: Recipe, machine: Machine, demand: Demand, *, corpus: CorpusFacts | None = None, assumptions: Assumptions | None = None) -> Prospect:
-    """Plan, and work out what the plan comes to. Raises ConfigError that says what is possible instead."""
+def look_ahead(
+    recipe: Recipe,
+    machine: Machine,
+    demand: Demand,
+    *,
+    corpus: CorpusFacts | None = None,
+    assumptions: Assumptions | None = None,
+    keeps_bins: bool = False,
+) -> Prospect:
+    """Plan, and work out what the plan comes to. Raises ConfigError that says what is possible instead.
+
+    Micro batches that do not fit into the memory are made smaller, which changes no result; not where `keeps_bins` says
+    that a person has chosen them.
+    """
     assumptions = assumptions or Assumptions()
     mean = corpus.mean_residues if corpus else None
+    notes: tuple[str, ...] = ()
+    if not keeps_bins:
+        recipe, notes = _with_fitting_bins(recipe, machine, planner.allocate(machine, demand).num_ranks, mean)
     allocation = planner.plan(recipe, machine, demand, mean_residues=mean)
     chosen = architecture.get(recipe.architecture.name)
     shape: Any = chosen.size(recipe.architecture.size).shape
@@ -101,7 +119,18 @@ def look_ahead(recipe: Recipe, machine: Machine, demand: Demand, *, corpus: Corp
             first_step=assumptions.first_step,
             last_step=assumptions.last_step,
         )
-    return Prospect(recipe, machine, allocation, batches, check_memory(recipe, machine, chosen, shape, batches), work_min, assumptions, corpus)
+    return Prospect(recipe, machine, allocation, batches, check_memory(recipe, machine, chosen, shape, batches), work_min, assumptions, corpus, notes)
+
+
+def _with_fitting_bins(recipe: Recipe, machine: Machine, num_ranks: int, mean_residues: float | None) -> tuple[Recipe, tuple[str, ...]]:
+    chosen = architecture.get(recipe.architecture.name)
+    batches = plan_batches(recipe, num_ranks=num_ranks, mean_residues=mean_residues)
+    fitting = fitting_bins(recipe, machine, chosen, chosen.size(recipe.architecture.size).shape, batches)
+    if fitting is None:
+        return recipe, ()
+    wanted = recipe.loading.bin_residues
+    note = f"micro batches have at most {fitting:,} residues, not the recipe's {wanted:,}: so they fit into the memory; the step stays the same"
+    return replace(recipe, loading=replace(recipe.loading, bin_residues=fitting)), (note,)
 
 
 def check_storage(machine: Machine, corpus: CorpusFacts | None) -> None:

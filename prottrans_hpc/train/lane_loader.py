@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -30,15 +31,14 @@ Int64 = npt.NDArray[np.int64]
 def load_lane_steps(corpus: Corpus, recipe: Recipe, vocabulary: Vocabulary, *, share: Share, position: SamplePosition, step: int) -> Iterator[LoadedStep]:
     """The steps from `step` to the end of the recipe, in this thread; `position` counts steps of the epoch.
 
-    Raises ConfigError when the lanes do not divide over the ranks, DataError when the corpus has too little text for them.
+    Raises ConfigError when the lanes cannot be shared out over the ranks as the recipe wants, DataError when the corpus has too little text for them.
     """
     orders = [_order_of(corpus, recipe, phase, vocabulary) for phase in recipe.phases]
     for number in range(step, recipe.num_steps):
         index, phase, done = phase_of(recipe, number)
         if done == 0 and index > 0:
             position = enter_phase(orders[index], position, previous=orders[index - 1])
-        lanes = np.array(_own(orders[index].num_lanes, share), np.int64)
-        pieces = [orders[index].pieces(position, some) for some in split_lanes(lanes, recipe, phase)]
+        pieces = [orders[index].pieces(position, some) for some in split_lanes(recipe, phase, share)]
         batches = tuple(_batch(corpus, some, recipe, vocabulary) for some in pieces)
         begun = [np.flatnonzero(some.offsets == 0) for some in pieces]
         ids = np.concatenate([some.ids[which] for some, which in zip(pieces, begun, strict=True)])
@@ -50,10 +50,20 @@ def load_lane_steps(corpus: Corpus, recipe: Recipe, vocabulary: Vocabulary, *, s
         position = after
 
 
-def split_lanes(lanes: Int64, recipe: Recipe, phase: Phase) -> list[Int64]:
-    """A rank's lanes by micro batch: as many together as `loading.bin_residues` holds pieces, evenly."""
+def split_lanes(recipe: Recipe, phase: Phase, share: Share) -> list[Int64]:
+    """A rank's lanes by micro batch: as many together as `loading.bin_residues` holds pieces, evenly; equally many micro batches on every rank,
+    of which some may be empty. Raises ConfigError when the ranks do not divide the lanes and the recipe wants them to.
+    """
+    assert phase.global_batch_size is not None
+    fewest, rest = divmod(phase.global_batch_size, share.world_size)
+    if rest and not recipe.loading.uneven_lanes:
+        raise ConfigError(
+            f"{phase.global_batch_size} lanes (global_batch_size) cannot be shared out evenly over {share.world_size} ranks: each lane stays on one rank "
+            "(loading.uneven_lanes = true gives some ranks one more)"
+        )
     at_once = max(1, recipe.loading.bin_residues // phase.max_residues)
-    return np.array_split(lanes, max(1, -(-len(lanes) // at_once)))
+    num_micro_batches = max(1, -(-(fewest + bool(rest)) // at_once))
+    return np.array_split(np.array(own_lanes(phase.global_batch_size, share.rank, share.world_size), np.int64), num_micro_batches)
 
 
 def _order_of(corpus: Corpus, recipe: Recipe, phase: Phase, vocabulary: Vocabulary) -> LaneOrder:
@@ -69,16 +79,12 @@ def _order_of(corpus: Corpus, recipe: Recipe, phase: Phase, vocabulary: Vocabula
     )
 
 
-def _own(num_lanes: int, share: Share) -> range:
-    if num_lanes % share.world_size:
-        raise ConfigError(f"{num_lanes} lanes (global_batch_size) cannot be shared out over {share.world_size} ranks: each lane stays on one rank")
-    return own_lanes(num_lanes, share.rank, share.world_size)
-
-
 def _batch(corpus: Corpus, pieces: Pieces, recipe: Recipe, vocabulary: Vocabulary) -> Batch:
     is_reversed = getattr(recipe.objective, "direction", "forward") == "reverse"
     objective = objectives.get(recipe.objective.name)
-    return to_tensors(objective(lay_out_lanes(corpus, pieces, vocabulary, is_reversed=is_reversed), recipe.objective, recipe.seed))
+    batch = to_tensors(objective(lay_out_lanes(corpus, pieces, vocabulary, is_reversed=is_reversed), recipe.objective, recipe.seed))
+    # One without lanes has nothing to remember: to a model it is an empty batch of any kind.
+    return batch if len(pieces.lanes) else replace(batch, lanes=None, documents=None, carried=None)
 
 
 def _fingerprint(pieces: Pieces) -> int:

@@ -123,6 +123,18 @@ def test_lanes_that_divide_over_no_size(lane_model: str) -> None:
         planner.plan(lane_recipe(lane_model, 44_929), read_machine("summit"), Demand(num_racks=52))
 
 
+def test_lanes_may_be_shared_out_unevenly_where_the_recipe_says_so(lane_model: str) -> None:
+    plain = lane_recipe(lane_model, 1_024)
+    with pytest.raises(ConfigError, match=r"3 lanes and the others, which wait, 2: --set loading\.uneven_lanes=true"):
+        planner.plan(plain, read_machine("summit"), Demand(num_racks=4))
+    uneven = dataclasses.replace(plain, loading=dataclasses.replace(plain.loading, uneven_lanes=True))
+    assert planner.plan(uneven, read_machine("summit"), Demand(num_racks=4)).num_ranks == 432
+    (batch,) = plan_batches(read_recipe("prot_xlnet"), num_ranks=432)
+    assert batch.fullest_micro_batch(512) == 3 * 512
+    with pytest.raises(ConfigError, match="do not divide"):  # fewer lanes than ranks
+        planner.plan(uneven, read_machine("summit"), Demand(num_racks=52))
+
+
 def test_lanes_are_counted_in_sequences(lane_model: str) -> None:
     recipe = lane_recipe(lane_model, 64)
     phase = dataclasses.replace(recipe.phases[0], global_batch_size=None, global_batch_residues=1000)
@@ -139,12 +151,13 @@ def test_packed_architectures_run_on_any_number_of_ranks(num_nodes: int) -> None
 def test_lanes_are_full_whatever_the_lengths_in_the_corpus(bin_residues: int) -> None:
     """Every lane gives a piece of exactly so many tokens; ranks take as many together as a bin holds, as the loader does."""
     from prottrans_hpc.train.lane_loader import split_lanes
+    from prottrans_hpc.train.loader import Share
 
     recipe = read_recipe("prot_txl_bfd", (f"loading.bin_residues={bin_residues}",))
     for mean_residues in (None, 180.0):
         (batch,) = plan_batches(recipe, num_ranks=5616, mean_residues=mean_residues)
         assert (batch.mean_residues, batch.sequences_per_rank) == (512.0, 8.0)
-        assert batch.num_micro_batches == len(split_lanes(np.arange(8), recipe, recipe.phases[0])) == 8 * 512 // bin_residues
+        assert batch.num_micro_batches == len(split_lanes(recipe, recipe.phases[0], Share(0, 5616))) == 8 * 512 // bin_residues
         assert batch.fullest_micro_batch(512) == bin_residues
 
 

@@ -70,7 +70,11 @@ WRONG = [
     ((*PLAN, "--machine", "summit", "--racks", "52", "--queue", "x"), 64, "it has batch, killable"),
     ((*PLAN, "--machine", "summit", "--racks", "54", "--set", "parallel.comm=horovod"), 64, "ends at 954 nodes (53 racks)"),
     ((*PLAN, "--machine", "summit", "--racks", "52", "--set", "precision=bf16"), 64, "only fp32, fp16"),
-    (("plan", "prot_bert_bfd", "--machine", "summit", "--racks", "3"), 64, "loading.bin_residues="),
+    (
+        ("plan", "prot_bert_bfd", "--machine", "summit", "--racks", "3", "--set", "loading.bin_residues=16384"),
+        64,
+        "bin_residues=4096 is the",
+    ),
     ((*PLAN, "--utilisation", "0"), 64, "--utilisation"),
     ((*PLAN, "--utilisation", "1.5"), 64, "--utilisation"),
     ((*PLAN, "--total-time", "long"), 64, "hours:minutes"),
@@ -82,6 +86,12 @@ WRONG = [
     (("machines", "sho"), 64, "show"),
     (("machines", "show", "none.toml"), 64, "is not a file"),
 ]
+
+
+def test_micro_batches_that_nobody_chose_are_made_to_fit(tell: Told) -> None:
+    ended, out, _ = tell("plan", "prot_bert_bfd", "--machine", "summit", "--racks", "3")
+    assert ended == 0
+    assert "at most 4,096 residues, not the recipe's 16,384" in " ".join(out.split())
 
 
 @pytest.mark.parametrize(("arguments", "code", "words"), WRONG, ids=[" ".join(case[0]) for case in WRONG])

@@ -15,7 +15,7 @@ from prottrans_hpc.corpus.order import SamplePosition
 from prottrans_hpc.corpus.reader import Corpus
 from prottrans_hpc.errors import ConfigError
 from prottrans_hpc.recipe import read_recipe
-from prottrans_hpc.train.lane_loader import load_lane_steps
+from prottrans_hpc.train.lane_loader import load_lane_steps, split_lanes
 from prottrans_hpc.train.lane_memory import LaneMemory, lane_files, parse_name, rows_of
 from prottrans_hpc.train.loader import Share
 
@@ -74,6 +74,18 @@ def test_lanes_that_do_not_divide_are_refused(corpus):
         recipe = read_recipe("tiny_prot_txl", SETTINGS)
         phase = replace(recipe.phases[0], global_batch_size=None, global_batch_residues=600)
         next(load_lane_steps(corpus, replace(recipe, phases=(phase,)), VOCABULARY, share=Share(0, 1), position=SamplePosition(), step=0))
+
+
+def test_lanes_that_do_not_divide_may_be_shared_out_unevenly(corpus):
+    recipe = read_recipe("tiny_prot_txl", (*SETTINGS, "loading.uneven_lanes=true"))
+    phase = recipe.phases[0]
+    bins = replace(recipe, loading=replace(recipe.loading, bin_residues=2 * phase.max_residues))
+    shares = [split_lanes(bins, phase, Share(rank, 5)) for rank in range(5)]
+    assert [[len(lanes) for lanes in batches] for batches in shares] == [[1, 1], [1, 1], [2, 1], [1, 1], [2, 1]]
+    assert np.concatenate([lanes for batches in shares for lanes in batches]).tolist() == list(range(12))
+    one_by_one = replace(recipe, loading=replace(recipe.loading, bin_residues=phase.max_residues))
+    shares = [split_lanes(one_by_one, phase, Share(rank, 5)) for rank in range(5)]
+    assert [[len(lanes) for lanes in batches] for batches in shares] == [[1, 1, 0], [1, 1, 0], [1, 1, 1], [1, 1, 0], [1, 1, 1]]
 
 
 def batch_of(lanes):

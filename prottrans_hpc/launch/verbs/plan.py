@@ -58,7 +58,8 @@ def plan(
     facts = checks.read_corpus_facts(corpus) if corpus else None
     if facts:
         chosen = epochs.resolve_warmup(chosen, architecture, facts)
-    seen = prospect.look_ahead(chosen, profile, demand, corpus=facts, assumptions=prospect.Assumptions(total_min, utilisation))
+    assumptions = prospect.Assumptions(total_min, utilisation)
+    seen = prospect.look_ahead(chosen, profile, demand, corpus=facts, assumptions=assumptions, keeps_bins=checks.sets_bins(settings))
     if as_json:
         click.echo(json.dumps(plan_text.to_json(seen, recipe_name=recipe), indent=1))
         return

@@ -163,14 +163,14 @@ def _plan(choices: _Choices) -> Plan:
     if facts.sha256:  # after the name was made: the same command finds its run again, whatever the steps come to
         recipe = epochs.resolve_warmup(recipe, chosen, facts)
     assumptions = prospect.Assumptions(choices.total_min, first_step=done, last_step=choices.steps)
-    seen = prospect.look_ahead(recipe, machine, choices.demand, corpus=facts, assumptions=assumptions)
+    seen = prospect.look_ahead(recipe, machine, choices.demand, corpus=facts, assumptions=assumptions, keeps_bins=checks.sets_bins(choices.settings))
     terminal.note(f"model: {checks.model_line(recipe, chosen, model_size)}; {recipe.num_steps:,} steps ({choices.recipe})")
-    for remark in (*checks.remarks(recipe, facts), *planner.remarks(recipe, machine, seen.allocation)):
+    for remark in (*checks.remarks(recipe, facts), *seen.notes, *planner.remarks(recipe, machine, seen.allocation)):
         terminal.note(f"note: {remark}")
     flags = RANK_FLAGS[terminal.verbosity()]
     allocation = placement.name_nodes(machine, seen.allocation, required=not choices.dry_run)
     num_jobs = _num_jobs(choices, seen)
-    return gang.Plan(recipe, name, facts, machine, allocation, choices.steps, run_dir, flags, choices.account, num_jobs, init, after)
+    return gang.Plan(seen.recipe, name, facts, machine, allocation, choices.steps, run_dir, flags, choices.account, num_jobs, init, after)
 
 
 def _init(choices: _Choices, recipe: Recipe, *, waits: bool) -> Init | None:
