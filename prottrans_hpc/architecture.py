@@ -170,7 +170,7 @@ class Architecture:
     """Whether a part of the loss is a mean over all tokens: the step is then counted first and `Batch.tokens_per_target` set."""
     lanes: bool = False
     """Whether a step's sequences are lanes, each a text that goes on from step to step with the model's memory of it
-    (Transformer-XL). Lanes stay on their rank, so `global_batch_size` must then be a multiple of the number of ranks."""
+    (Transformer-XL). Lanes stay on their rank, so `global_batch_size` must be a multiple of the number of ranks unless `loading.uneven_lanes`."""
     lane_bytes: Callable[[Any, int], int] | None = None
     """`(shape, tokens of a piece)` -> bytes of the memory that a lane has between steps; None without lanes."""
 

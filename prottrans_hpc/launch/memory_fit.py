@@ -8,6 +8,7 @@ of the memory is left to the runtime, workspaces and fragmentation.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -54,13 +55,15 @@ class MemoryNeed:
     """For a moment, when the activations are gone."""
     masters: int = 0
     """The fp32 weights behind half ones."""
+    lanes: int = 0
+    """What a model with memory remembers of this rank's lanes."""
     checkpoint: int = 0
     """The copy that a save is written from, where it lies in the same memory."""
 
     @property
     def fixed(self) -> int:
         """What no choice of micro batch changes."""
-        return self.parameters + self.gradients + self.masters + self.optimizer + self.checkpoint
+        return self.parameters + self.gradients + self.masters + self.optimizer + self.lanes + self.checkpoint
 
     @property
     def peak(self) -> int:
@@ -79,7 +82,7 @@ def memory_gib(machine: Machine, num_ranks: int) -> float | None:
 def memory_need(recipe: Recipe, chosen: Architecture, shape: Any, batches: list[PhaseBatch], *, on_gpu: bool) -> MemoryNeed:
     """What a rank needs for the fullest micro batch that is expected."""
     residues = [batch.fullest_micro_batch(recipe.phases[batch.phase].max_residues) for batch in batches]
-    return _need(recipe, chosen, shape, residues, num_ranks=batches[0].num_ranks, on_gpu=on_gpu)
+    return _need(recipe, chosen, shape, residues, batches, on_gpu=on_gpu)
 
 
 def fitting_bins(recipe: Recipe, machine: Machine, chosen: Architecture, shape: Any, batches: list[PhaseBatch]) -> int | None:
@@ -115,7 +118,7 @@ def _peak_by_bins(recipe: Recipe, machine: Machine, chosen: Architecture, shape:
 
     def needed_with(bin_residues: int) -> int:
         sizes = [min(bin_residues, batch.fullest_micro_batch(recipe.phases[batch.phase].max_residues)) for batch in batches]
-        return _need(recipe, chosen, shape, sizes, num_ranks=batches[0].num_ranks, on_gpu=machine.node.gpu is not None).peak
+        return _need(recipe, chosen, shape, sizes, batches, on_gpu=machine.node.gpu is not None).peak
 
     return needed_with
 
@@ -129,6 +132,7 @@ def need_text(need: MemoryNeed) -> str:
         "optimizer": need.optimizer,
         "cast weights": need.cast_weights,
         "activations": need.activations,
+        "memories of the lanes": need.lanes,
         "checkpoint": need.checkpoint,
     }
     said = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items() if size)
@@ -136,7 +140,7 @@ def need_text(need: MemoryNeed) -> str:
     return f"a rank needs {need.peak / GIB:.1f} GiB: {said}{update}"
 
 
-def _need(recipe: Recipe, chosen: Architecture, shape: Any, residues: list[int], *, num_ranks: int, on_gpu: bool) -> MemoryNeed:
+def _need(recipe: Recipe, chosen: Architecture, shape: Any, residues: list[int], batches: list[PhaseBatch], *, on_gpu: bool) -> MemoryNeed:
     count = chosen.num_parameters(shape)
     special = len(chosen.vocabulary.prefix) + len(chosen.vocabulary.suffix)
     level, kept_in = LEVELS[recipe.precision], "bf16" if LEVELS[recipe.precision].is_half else "fp32"
@@ -144,6 +148,9 @@ def _need(recipe: Recipe, chosen: Architecture, shape: Any, residues: list[int],
         activation_bytes(chosen, shape, _lengths(number, recipe.phases[phase].max_residues, special), kept_in, recipe.memory.recompute_every)
         for phase, number in enumerate(residues)
     ]
+    lanes = 0
+    if chosen.lane_bytes is not None:
+        lanes = max(math.ceil(batch.sequences_per_rank) * chosen.lane_bytes(shape, recipe.phases[batch.phase].max_residues) for batch in batches)
     state = round(_STATE[recipe.optimizer.name] * count)
     masters = _FP32 * count if level.has_masters else 0
     widened = (_FP32 if level.has_masters else 2 * _FP32) * count if level.weight_bytes < _FP32 else 0
@@ -155,7 +162,8 @@ def _need(recipe: Recipe, chosen: Architecture, shape: Any, residues: list[int],
         cast_weights=_CAST * count if level.is_half and level.weight_bytes == _FP32 else 0,
         activations=max(activations),
         update=widened + (round(_UPDATE[recipe.optimizer.name] * min(count, _GROUP.get(recipe.optimizer.name, count))) if on_gpu else 0),
-        checkpoint=0 if on_gpu else ((masters or level.weight_bytes * count) + state) // min(num_ranks, _MOST_WRITERS),
+        lanes=lanes,
+        checkpoint=0 if on_gpu else ((masters or level.weight_bytes * count) + state) // min(batches[0].num_ranks, _MOST_WRITERS),
     )
 
 
