@@ -81,7 +81,7 @@ class Order:
     """The order of samples: a pure function of corpus, seed and epoch."""
 
     long_sequences: Literal["crop", "split"] = "crop"
-    """A sequence over the phase's limit: a random window of it, or all its consecutive fragments as samples."""
+    """A sequence over the phase's limit: a random window of it, or all its consecutive fragments as samples. Lanes read it whole."""
     block_sequences: Count = 64
     """Consecutive sequences that stay together when blocks are shuffled (sequential reads from disk)."""
     window_blocks: Count = 512

@@ -43,6 +43,8 @@ def check_model(recipe: Recipe) -> tuple[Architecture, Size]:
     size = chosen.size(recipe.architecture.size)
     if recipe.objective.name not in chosen.objectives:
         raise ConfigError(f"{chosen.name} is trained with {', '.join(chosen.objectives)}, not with the objective {recipe.objective.name!r}")
+    if chosen.lanes and recipe.order.long_sequences == "split":
+        raise ConfigError(f'order.long_sequences is "split", but the lanes of {chosen.name} read whole proteins of any length, piece by piece: leave it out')
     positions = getattr(size.shape, "max_positions", None)
     special = len(chosen.vocabulary.prefix) + len(chosen.vocabulary.suffix)
     for number, phase in enumerate(recipe.phases):

@@ -89,3 +89,14 @@ def test_sequences_fit_the_position_table(residues: int, fits: bool) -> None:
     else:
         with pytest.raises(ConfigError, match="at most 2558"):
             checks.check_model(recipe)
+
+
+@pytest.mark.parametrize(("name", "has_lanes"), [("tiny_prot_txl", True), ("tiny_prot_xlnet", True), ("tiny_prot_bert", False)])
+def test_lanes_have_no_long_sequences_to_split(name: str, has_lanes: bool) -> None:
+    checks.check_model(read_recipe(name))
+    recipe = read_recipe(name, ("order.long_sequences=split",))
+    if has_lanes:
+        with pytest.raises(ConfigError, match=r'order\.long_sequences is "split", but the lanes of .* read whole proteins of any length'):
+            checks.check_model(recipe)
+    else:
+        checks.check_model(recipe)
