@@ -1,8 +1,9 @@
 """A rank whose model meets non-finite numbers on purpose: stands in for `python -m prottrans_hpc pretrain`.
 
-poisoned_rank.py RUN_DIR, with POISON='{"steps": [9], "ranks": [1], "how": "loss" | "gradient" | "spike", "passes": 1}' in
+poisoned_rank.py RUN_DIR, with POISON='{"steps": [9], "ranks": [1], "how": "loss" | "gradient" | "memory" | "spike", "passes": 1}' in
 the environment: the steps (from 1) at which those ranks' models go wrong, in so many passes over the step. A spike is a
-loss four times as high; it comes whenever the learning rate is at least "from_factor" of the recipe's.
+loss four times as high; it comes whenever the learning rate is at least "from_factor" of the recipe's. With "memory" what a
+model with lanes remembers of them is no number, either.
 """
 
 from __future__ import annotations
@@ -11,18 +12,21 @@ import json
 import os
 import sys
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from prottrans_hpc import __main__, architecture
 from prottrans_hpc.models.prot_bert import ProtBert
+from prottrans_hpc.models.prot_txl import ProtTxl
 from prottrans_hpc.train import loop, preemption
 
 POISON = json.loads(os.environ["POISON"])
 passes: Counter[int] = Counter()
 now = {"bad": False}
-real_step, real_forward = loop.take_step, ProtBert.forward
+real_step = loop.take_step
 
 
 class _BadGradient(torch.autograd.Function):
@@ -45,15 +49,22 @@ def take_step(session: Any, loaded: Any) -> Any:
     return real_step(session, loaded)
 
 
-def forward(self: Any, batch: architecture.Batch) -> architecture.LossSum:
-    result = real_forward(self, batch)
-    if not now["bad"]:
-        return result
-    factors = {"loss": float("nan"), "spike": 4.0}
-    loss = result.loss * factors[POISON["how"]] if POISON["how"] in factors else _BadGradient.apply(result.loss)
-    return architecture.LossSum(loss, result.num_correct)
+def poisoned(real: Callable[..., architecture.LossSum]) -> Callable[..., architecture.LossSum]:
+    """The forward pass of a model that goes wrong where it is told to."""
+
+    def forward(self: Any, batch: architecture.Batch) -> architecture.LossSum:
+        result = real(self, batch)
+        if not now["bad"]:
+            return result
+        factors = {"loss": float("nan"), "memory": float("nan"), "spike": 4.0}
+        loss = result.loss * factors[POISON["how"]] if POISON["how"] in factors else _BadGradient.apply(result.loss)
+        return replace(result, loss=loss, memory=result.memory * float("nan") if POISON["how"] == "memory" else result.memory)
+
+    return forward
 
 
 preemption.install()
-loop.take_step, ProtBert.forward = take_step, forward
+loop.take_step = take_step
+for model in (ProtBert, ProtTxl):
+    model.forward = poisoned(model.forward)
 sys.exit(__main__.main(["pretrain", sys.argv[1]]))

@@ -6,6 +6,7 @@ import json
 import random
 import shutil
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -79,6 +80,34 @@ def test_killed_and_resumed_is_bitwise_the_straight_run(num_ranks, tmp_path, mak
     same(outcome(folder), expected)
     assert np.array_equal(remembered(folder), memory)
     assert not [path for path in (folder / "checkpoints").iterdir() if path.name.startswith(".")]
+
+
+def _poisoned(steps):
+    """`start_ranks(..., **_poisoned(steps))`: in these steps, once, neither loss nor memory of rank 1 are numbers."""
+    poison = {"steps": steps, "ranks": [1], "how": "memory", "passes": 1}
+    return {"main": Path(__file__).with_name("poisoned_rank.py"), "env": {"POISON": json.dumps(poison)}}
+
+
+def test_going_back_brings_the_memories_back(tmp_path, make_lanes, start_ranks, straight, outcome, same, remembered, history):
+    expected, memory = straight(start_ranks, 2)
+    folder = make_lanes(tmp_path / "run", num_ranks=2)
+    start_ranks(folder, 2, **_poisoned([5, 6, 7])).end(0)
+    same(outcome(folder), expected)
+    assert np.array_equal(remembered(folder), memory)
+    (back,) = [event for event in history(folder) if event["event"] == "went back"]
+    assert (back["step"], back["to"]) == (7, 3)
+
+
+def test_memories_that_are_no_numbers_are_forgotten_with_their_step(tmp_path, make_lanes, start_ranks, straight, remembered):
+    """On all ranks: else they would stay in the lanes for good."""
+    expected, _ = straight(start_ranks, 2)
+    folder = make_lanes(tmp_path / "run", num_ranks=2, stop_after_step=7)
+    start_ranks(folder, 2, **_poisoned([5])).end(0)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["skipped"] for line in lines] == [False] * 4 + [True] + [False] * 2
+    assert [line["order"] for line in lines] == [line["order"] for line in expected["metrics"][:7]]
+    memory = remembered(folder)
+    assert memory.shape == (12, 2, 64, 64) and np.isfinite(memory).all()
 
 
 def test_resume_at_other_world_sizes(tmp_path, make_lanes, start_ranks, straight, outcome, remembered):
