@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from .batches import Int64s
-from .model import Model
 from .options import STORED
 from .parts import Extract, joined
 
@@ -19,11 +19,26 @@ _PIECE = 256
 _CPU_OUT_OF_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "not enough memory")
 
 
+class Embedder(Protocol):
+    """A model, or several side by side."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+
+    @property
+    def width(self) -> int:
+        """Numbers in an embedding."""
+
+    def hidden(self, proteins: list[bytes]) -> torch.Tensor:
+        """The vectors of the proteins' residues, [sum of lengths, width], fp32."""
+
+
 @dataclass
 class Extractor:
     """Runs batches; remembers how large a batch the memory held."""
 
-    model: Model
+    model: Embedder
     precision: str
     per_residue: bool
     mean: bool

@@ -15,7 +15,7 @@ from typing import Any
 from .. import durable, terminal
 from ..errors import DataError, IdentityError
 from ..stage import Farm, Item, Request
-from . import h5file, model
+from . import h5file, model, side_by_side
 from .compute import Totals, compute_parts
 from .extract import Extractor
 from .options import Options
@@ -32,26 +32,26 @@ _NUM_EXAMPLES = 10
 
 def embed_on(farm: Farm, options: Options) -> dict[str, Any]:
     """Embed on the nodes of a farm; the summary. A signal ends it by an exception, which cancels the nodes' work."""
-    source = model.find_source(options.source)
-    read = open_input(options, model.read_max_residues(source))
+    sources = side_by_side.find_sources(options.source, options.also)
+    read = open_input(options, side_by_side.read_max_residues(sources))
     census = take_census(read)
     if not census.num_proteins:
         raise DataError(f"there is no protein in {', '.join(map(str, options.fasta))}")
     if options.out.exists():
         device = h5file.read_attributes(options.out)["identity"]["options"]["device"] if options.device == "auto" else options.device
-        return finished_before(options, describe_identity(options, source, device, census))
-    pieces = _cut(farm, options, source, read, census)
-    items = [_item(farm, options, source, piece) for piece in pieces]
+        return finished_before(options, describe_identity(options, sources, device, census))
+    pieces = _cut(farm, options, sources, read, census)
+    items = [_item(options, sources, piece) for piece in pieces]
     farm.run(_ROUND, items)
     results = [durable.read_json(item.output) for item in items]
-    _assemble(options, source, read, census, pieces, items, results, farm)
+    _assemble(options, sources, read, census, pieces, items, results, farm)
     durable.remove_folder(farm.folder)
     return report(options, _sum(results), h5file.read_attributes(options.out))
 
 
-def _cut(farm: Farm, options: Options, source: model.Source, read: Reader, census: Census) -> list[Piece]:
+def _cut(farm: Farm, options: Options, sources: tuple[model.Source, ...], read: Reader, census: Census) -> list[Piece]:
     """The pieces, made or found. Raises IdentityError when those that are there belong to another request."""
-    identity = describe_identity(options, source, options.device, census)
+    identity = describe_identity(options, sources, options.device, census)
     folder, listed = farm.folder / "pieces", farm.folder / "pieces.json"
     if listed.exists():
         found = durable.read_json(listed)
@@ -66,18 +66,21 @@ def _cut(farm: Farm, options: Options, source: model.Source, read: Reader, censu
     return pieces
 
 
-def _item(farm: Farm, options: Options, source: model.Source, piece: Piece) -> Item:
+def _item(options: Options, sources: tuple[model.Source, ...], piece: Piece) -> Item:
     values = {field.name: getattr(options, field.name) for field in fields(options)}
-    values |= {"source": str(source.path.resolve()), "fasta": [str(piece.path)], "out": str(piece.path.with_suffix(".h5")), "json": False}
+    first, *others = [str(source.path.resolve()) for source in sources]
+    values |= {"source": first, "also": others[0] if others else None, "fasta": [str(piece.path)], "out": str(piece.path.with_suffix(".h5")), "json": False}
     output = piece.path.with_suffix(".json")
-    request = {"options": values, "piece_sha256": piece.sha256, "manifest_sha256": source.manifest_sha256, "output": str(output)}
+    manifests = [source.manifest_sha256 for source in sources]
+    request = {"options": values, "piece_sha256": piece.sha256, "manifests_sha256": manifests, "output": str(output)}
     return Item("embed-item", request, output)
 
 
 def run_item(request: Request) -> None:
     """Embed one piece into parts of its own, and say what came of it."""
     values = request["options"]
-    options = Options(**(values | {"source": Path(values["source"]), "fasta": tuple(map(Path, values["fasta"])), "out": Path(values["out"])}))
+    paths = {"source": Path(values["source"]), "fasta": tuple(map(Path, values["fasta"])), "out": Path(values["out"])}
+    options = Options(**(values | paths | {"also": Path(values["also"]) if values["also"] else None}))
     (piece,) = options.fasta
     if durable.sha256_of(piece) != request["piece_sha256"]:
         raise DataError(f"{piece} is damaged: its SHA-256 is not the one that was written. Remove {piece.parent.parent} to start over")
@@ -88,21 +91,22 @@ def run_item(request: Request) -> None:
 
 def _embed_piece(options: Options, piece: Path, request: Request, stop: StopRequest) -> tuple[Totals, dict[str, Any]]:
     device = model.choose_device(options.device)
-    source = model.find_source(options.source)
-    if source.manifest_sha256 != request["manifest_sha256"]:
-        raise IdentityError(f"the checkpoint {source.path} is not the one that the first command found there")
-    loaded = model.load(source, device=device, precision=options.precision)
+    sources = side_by_side.find_sources(options.source, options.also)
+    for source, manifest_sha256 in zip(sources, request["manifests_sha256"], strict=True):
+        if source.manifest_sha256 != manifest_sha256:
+            raise IdentityError(f"the checkpoint {source.path} is not the one that the first command found there")
+    loaded = side_by_side.load(sources, device=device, precision=options.precision)
     census = take_census(lambda: read_piece(piece))
     extractor = Extractor(loaded, options.precision, options.per_residue, options.mean)
-    with open_folder(options.parts, describe_identity(options, source, device.type, census)) as folder:
+    with open_folder(options.parts, describe_identity(options, sources, device.type, census)) as folder:
         windows = read_windows(lambda: read_piece(piece), census)
         totals = compute_parts(windows, extractor, folder, batching=plan_batching(options, loaded, census), stop=stop)
-    return totals, {"device": device.type, "width": loaded.width, "model": model.describe(source, loaded)}
+    return totals, {"device": device.type, "width": loaded.width, "model": side_by_side.describe(sources, loaded)}
 
 
 def _assemble(
     options: Options,
-    source: model.Source,
+    sources: tuple[model.Source, ...],
     read: Reader,
     census: Census,
     pieces: Sequence[Piece],
@@ -118,7 +122,7 @@ def _assemble(
     if not totals.num_embedded:
         durable.remove_folder(farm.folder)
         raise nothing_embedded(totals)
-    identity = describe_identity(options, source, first["device"], census)
+    identity = describe_identity(options, sources, first["device"], census)
     attributes = describe_content(options, census, totals, identity) | first["model"]
     parts: dict[int, list[Part]] = {}
     for piece in pieces:

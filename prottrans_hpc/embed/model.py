@@ -150,7 +150,7 @@ def describe(source: Source, model: Model) -> dict[str, Any]:
         "manifest_sha256": source.manifest_sha256,
         "computed_in": str(model.autocast or torch.float32).removeprefix("torch."),
         "torch": str(torch.__version__),
-    }
+    } | ({"direction": "reverse"} if model.is_reversed else {})
 
 
 def usable_cores() -> int:

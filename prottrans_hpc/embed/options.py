@@ -36,6 +36,8 @@ class Options:
     """What happens to a protein with letters that are no residue: error, x or skip."""
     json: bool
     """Print a summary object to standard output."""
+    also: Path | None = None
+    """A second run directory or checkpoint, whose numbers follow those of the first."""
 
     def __post_init__(self) -> None:
         if not (self.per_residue or self.mean):
@@ -82,4 +84,5 @@ def parse_request(request: Request) -> Options:
         device=request["device"],
         invalid=request["invalid"],
         json=bool(request["json"]),
+        also=Path(request["also"]) if request.get("also") else None,
     )

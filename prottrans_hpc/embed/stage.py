@@ -13,7 +13,7 @@ import numpy as np
 from .. import __version__, durable, terminal
 from ..errors import DataError
 from ..stage import Farm, Request
-from . import h5file, model
+from . import h5file, model, side_by_side
 from .compute import Batching, Totals, compute_parts, plan_workers
 from .extract import Extractor
 from .options import STORED, Options, parse_request
@@ -50,14 +50,14 @@ def _embed_on(farm: Farm, options: Options) -> dict[str, Any]:
 
 def _embed(options: Options, stop: StopRequest) -> dict[str, Any]:
     device = model.choose_device(options.device)
-    source = model.find_source(options.source)
-    loaded = model.load(source, device=device, precision=options.precision)
+    sources = side_by_side.find_sources(options.source, options.also)
+    loaded = side_by_side.load(sources, device=device, precision=options.precision)
     read = open_input(options, loaded.max_residues)
     census = take_census(read)
     stop.check("nothing was computed yet")
     if not census.num_proteins:
         raise DataError(f"there is no protein in {', '.join(map(str, options.fasta))}")
-    identity = describe_identity(options, source, loaded.device.type, census)
+    identity = describe_identity(options, sources, loaded.device.type, census)
     if options.out.exists():
         return finished_before(options, identity)
     extractor = Extractor(loaded, options.precision, options.per_residue, options.mean)
@@ -68,13 +68,13 @@ def _embed(options: Options, stop: StopRequest) -> dict[str, Any]:
         if not totals.num_embedded:
             durable.remove_folder(options.parts)
             raise nothing_embedded(totals)
-        attributes = describe_content(options, census, totals, identity) | model.describe(source, loaded)
+        attributes = describe_content(options, census, totals, identity) | side_by_side.describe(sources, loaded)
         h5file.assemble(read_windows(read, census), folder, totals, options, width=loaded.width, attributes=attributes, stop=stop)
         durable.remove_folder(options.parts)
     return report(options, totals, h5file.read_attributes(options.out))
 
 
-def plan_batching(options: Options, loaded: model.Model, census: Census) -> Batching:
+def plan_batching(options: Options, loaded: side_by_side.Models, census: Census) -> Batching:
     """One batch at a time on a GPU; on a CPU small ones side by side, which fit its caches better."""
     if loaded.device.type != "cpu":
         return Batching(census.num_proteins, options.bin_residues, plan_workers(1, 1))
@@ -83,12 +83,12 @@ def plan_batching(options: Options, loaded: model.Model, census: Census) -> Batc
     return Batching(census.num_proteins, batch_residues, plan_workers(model.usable_cores(), num_batches))
 
 
-def describe_identity(options: Options, source: model.Source, device: str, census: Census) -> dict[str, Any]:
+def describe_identity(options: Options, sources: tuple[model.Source, ...], device: str, census: Census) -> dict[str, Any]:
     """Everything that the numbers in the file depend on."""
     return {
         "format": FORMAT,
         "input": {"proteins": census.num_proteins, "sha256": census.sha256},
-        "checkpoint": {"run_id": source.run_id, "step": source.step, "manifest_sha256": source.manifest_sha256},
+        **side_by_side.describe_identity(sources),
         "options": options.as_identity() | {"device": device},
     }
 
@@ -154,7 +154,7 @@ def _failures(totals: Totals) -> str:
 
 
 def _summary(options: Options, attributes: dict[str, Any]) -> dict[str, Any]:
-    wanted = (
+    wanted = [
         "architecture",
         "size",
         "checkpoint",
@@ -167,7 +167,8 @@ def _summary(options: Options, attributes: dict[str, Any]) -> dict[str, Any]:
         "num_embedded",
         "num_failed",
         "num_residues",
-    )
+    ]
+    wanted += [f"also_{name}" for name in wanted if f"also_{name}" in attributes]
     return {"out": str(options.out), "bytes": options.out.stat().st_size} | {name: attributes[name] for name in wanted}
 
 

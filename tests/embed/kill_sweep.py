@@ -1,4 +1,4 @@
-"""Kill an extraction by SIGKILL at many moments, resume it, and compare the bytes: kill_sweep.py FOLDER CHECKPOINT FASTA NUM_RANDOM.
+"""Kill an extraction by SIGKILL at many moments, resume it, and compare the bytes: kill_sweep.py FOLDER CHECKPOINT FASTA NUM_RANDOM [ALSO].
 
 Each run is a fork of this process, so that torch is imported once. First it dies right before every K-th touch of the
 file system in turn (Python announces open, mkdir, rename and unlink to audit hooks; fsync is wrapped), then at random
@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree"}
+ALSO = sys.argv[5] if len(sys.argv) > 5 else None
 
 
 def extract(out: Path, checkpoint: str, fasta: str) -> None:
@@ -28,7 +29,7 @@ def extract(out: Path, checkpoint: str, fasta: str) -> None:
     proteins.WINDOW_RESIDUES = 3_000
     compute._PART_BYTES = 1
     choices = {"per_residue": True, "pool": "mean", "precision": "fp32", "bin_residues": 16_384, "device": "cpu", "invalid": "error", "json": False}
-    run_stage("embed", {"source": checkpoint, "fasta": [fasta], "out": str(out), **choices})
+    run_stage("embed", {"source": checkpoint, "fasta": [fasta], "out": str(out), "also": ALSO, **choices})
 
 
 def die_before(number: int, folder: Path) -> None:

@@ -55,6 +55,20 @@ def test_finished_items_are_not_run_again(tmp_path, prottrans, command, wanted, 
     assert (tmp_path / "out.h5").read_bytes() == wanted
 
 
+def test_a_second_model_is_read_on_the_nodes_too(tmp_path, prottrans, command, few_fasta, machine, tiny_checkpoint):
+    from prottrans_hpc.train import checkpoint
+
+    record, shape, weights = checkpoint.load_model(tiny_checkpoint)
+    weights["embeddings.words.weight"][3, 3] += 1.0
+    checkpoint.write_model_checkpoint(tmp_path / "second", record=record, shape=shape, weights=weights, origin={})
+    also = ("--also", "second")
+    prottrans("embed", str(tiny_checkpoint), str(few_fasta), "--out", str(tmp_path / "one.h5"), *also, *CHOICES, env=ONE_THREAD, cwd=tmp_path)
+    prottrans(*command, *also, "--items", "2", cwd=tmp_path)
+    assert machine.take_calls() == ["00000.0", "00001.0"]
+    assert (tmp_path / "out.h5").read_bytes() == (tmp_path / "one.h5").read_bytes()
+    assert "also: {" in prottrans(*command, "--items", "2", code=78).stderr
+
+
 def test_an_item_that_stopped_with_its_state_saved_goes_on(tmp_path, prottrans, command, wanted, machine):
     machine.misbehave("00000.0", *["exit 75"] * 5)
     prottrans(*command, "--items", "2")
