@@ -63,9 +63,12 @@ while [ -z "$code" ] || [ -n "$interrupted" ]; do
   if [ -z "$code" ] || [ "$status" -ne 127 ]; then code=$status; fi
 done
 rm -f "$stop_file"
-# The starter may not pass on the exit codes of the ranks; the first that failed has left its own.
-code_file="$run_dir/.exit-code-$PROTTRANS_NONCE"
-if [ -s "$code_file" ]; then code=$(cat "$code_file"); fi
+# The starter may not pass on the exit codes of the ranks; the first that failed has left its own. One that was killed could not:
+# the ranks that lost it left 75, which says less than the signal that the starter tells of.
+code_file="$run_dir/.exit-code-$PROTTRANS_NONCE" left=''
+if [ -s "$code_file" ]; then left=$(cat "$code_file"); fi
+if [ "$left" = 75 ] && [ -z "$stop" ] && [ "$code" -gt 128 ]; then left=''; fi
+code=${left:-$code}
 rm -f "$code_file"
 # Killed by the very signal that asks to stop, before it could be taken: stopped all the same.
 if [ -n "$stop" ]; then case "$code" in 130 | 138 | 140 | 143) code=75 ;; esac; fi

@@ -201,7 +201,7 @@ def test_half_precision_weights_become_fp32_and_it_is_said(folder, tmp_path, cap
         ({"num_attention_heads": 7}, "hidden_size 64 must be a multiple of num_heads 7"),
         ({"num_hidden_layers": "two"}, "num_layers = 'two'"),
         ({"model_type": "gpt2"}, "model_type 'gpt2'.*what can be imported is .*prot_bert: model_type 'bert'"),
-        ({"model_type": "remove", "architectures": ["T5Model"]}, "T5Model"),
+        ({"model_type": "remove", "architectures": ["GPT2Model"]}, "GPT2Model"),
     ],
 )
 def test_a_foreign_configuration_is_refused_naming_each_difference(folder, change, said, tmp_path):
