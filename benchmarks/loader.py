@@ -5,7 +5,7 @@ order of its own, and hands out batches of up to 32,768 int64 tokens of whole re
 interleaved, every figure is the median over rounds of records a second of CPU time of the whole process, so that a
 busy machine disturbs ratios little. Also: the cost of planning one step for 5,616 ranks. Writes loader.json and loader.md.
 
-    python benchmarks/loader.py --data ../shared/data/pretrain/swissprot201401_sp50.fasta.zst
+    python benchmarks/loader.py --data DATA/pretrain/swissprot201401_sp50.fasta.zst
 
 MosaicML streaming pins old versions of NumPy and much else; it is measured where `import streaming` works, for example
 with `pip install --no-deps --target DIR mosaicml-streaming Brotli python-snappy cramjam zstd catalogue` and DIR on PYTHONPATH.
@@ -18,7 +18,6 @@ import contextlib
 import gc
 import io
 import json
-import os
 import statistics
 import sys
 import tempfile
@@ -238,8 +237,7 @@ def our_contenders(corpus: Corpus) -> list[Contender]:
 def main() -> None:
     """Measure everything and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    default = os.environ.get("PROTTRANS_DATA", "../shared/data/pretrain/swissprot201401_sp50.fasta.zst")
-    parser.add_argument("--data", type=Path, default=Path(default), help="FASTA file, or a folder that holds pretrain/swissprot201401_sp50.fasta.zst")
+    parser.add_argument("--data", type=Path, required=True, help="FASTA file, or a folder that holds pretrain/swissprot201401_sp50.fasta.zst")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=1.0, help="CPU-seconds a contender and round")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
