@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import os
 import signal
+import time
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
@@ -19,8 +20,10 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 _received: list[int] = []
 _watched: list[str] = []
 """The stop file, on rank 0."""
+_found: list[str] = []
+"""The same, once it was there: a request is not taken back."""
 _said: list[str] = []
-"""What was in it when it was found."""
+"""What was in it."""
 
 
 def install() -> None:
@@ -54,17 +57,32 @@ def stop_file_name(nonce: str) -> str:
 
 def requested() -> bool:
     """Whether a signal has come, to this rank or into the stop file."""
-    if _watched and not _said:
-        with contextlib.suppress(OSError), open(_watched[0], encoding="ascii", errors="replace") as file:
-            _said.append(file.read(20).strip() or "a signal")
-    return bool(_received or _said)
+    if _watched and not _found and os.path.exists(_watched[0]):
+        _found.append(_watched[0])
+    return bool(_received or _found)
 
 
 def cause() -> str:
     """The name of the first signal, for the log."""
     if _received:
         return signal.Signals(_received[0]).name
-    return f"{_said[0]} to the job script" if _said else "to another rank"
+    if not _found:
+        return "to another rank"
+    if not _said:
+        _said.append(_signal_in(_found[0]))
+    return f"{_said[0]} to the job script"
+
+
+def _signal_in(stop_file: str, patience_s: float = 1.0) -> str:
+    """What the job script wrote. It opens the file before it writes, so an empty one gets a moment; on a full disk it stays empty."""
+    deadline = time.monotonic() + patience_s
+    while True:
+        with contextlib.suppress(OSError), open(stop_file, encoding="ascii", errors="replace") as file:
+            if said := file.read(20).strip():
+                return said
+        if time.monotonic() > deadline:
+            return "a signal"
+        time.sleep(0.02)
 
 
 def forget_signals() -> None:

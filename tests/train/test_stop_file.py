@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "summit-936-nodes.sh"
 
 @pytest.fixture(autouse=True)
 def _nothing_is_watched(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("_received", "_watched", "_said"):
+    for name in ("_received", "_watched", "_found", "_said"):
         monkeypatch.setattr(preemption, name, [])
 
 
@@ -50,8 +51,19 @@ def test_the_file_asks_once_it_is_there(tmp_path: Path) -> None:
 
 def test_an_empty_file_asks_as_well(tmp_path: Path) -> None:
     preemption.watch(str(tmp_path), NONCE)
-    (tmp_path / preemption.stop_file_name(NONCE)).touch()  # the script has opened it, and writes in a moment
+    (tmp_path / preemption.stop_file_name(NONCE)).touch()  # on a full disk nothing more comes
     assert preemption.requested() and preemption.cause() == "a signal to the job script"
+
+
+def test_what_the_script_writes_a_moment_after_it_opened_the_file_is_the_cause(tmp_path: Path) -> None:
+    preemption.watch(str(tmp_path), NONCE)
+    own = tmp_path / preemption.stop_file_name(NONCE)
+    own.touch()
+    assert preemption.requested()
+    writer = threading.Timer(0.2, own.write_text, ["SIGUSR2\n"])
+    writer.start()
+    assert preemption.cause() == "SIGUSR2 to the job script"
+    writer.join()
 
 
 def test_all_ranks_save_and_stop_together(tmp_path: Path, make_run: Callable[..., Path], start_ranks: Callable[..., Any]) -> None:
