@@ -3,7 +3,8 @@
 Forward, backward and AdamW's update of the size `small`, the same real proteins with the same corruption, cut to 512
 and to 1,024 residues. transformers pads to the longest of the batch (dynamic) or to the cap; only real residues count.
 On a CPU one thread each, in turns, by CPU time of the process, so that a busy machine disturbs little; on a GPU by the
-clock, with bf16 and model-FLOP utilisation. Writes train_step.{json,md} (train_step_cuda.* on a GPU), after every family.
+clock, with bf16 and model-FLOP utilisation. Writes train_step.{json,md} (train_step_cuda.* on a GPU) after every row,
+and keeps the rows that an earlier start measured on the same hardware with the same versions.
 
     python benchmarks/train_step.py [--families prot_bert,prot_t5] [--device cuda --peak-tflops 989]
 """
@@ -37,8 +38,9 @@ from prottrans_hpc.train.step import on_device
 
 QUERY = Path(__file__).resolve().parents[1] / "data" / "mmseqs2_example_QUERY.fasta.gz"
 FAMILIES = ("prot_bert", "prot_albert", "prot_electra", "prot_t5", "prot_xlnet", "prot_txl", "protein_lm")
-CAPS = (512, 1024)
 TOKENS_PER_TARGET = 6.7
+TIMED = ("date", "line")
+"""What of a description of the hardware changes from day to day."""
 
 
 @dataclass(frozen=True)
@@ -159,37 +161,49 @@ def family(name: str, cap: int, settings: Settings) -> dict[str, Any]:
     if name in CONTENDERS:
         steps["dynamic padding"] = theirs(record, shape, batches, settings, None)
         steps["padding to the cap"] = theirs(record, shape, batches, settings, cap + specials)
-    found: dict[str, Any] = {"family": name, "cap": cap, "parameters": record.num_parameters(shape)} | {"residues_per_s": measure(steps, batches, settings)}
+    found: dict[str, Any] = {"family": name, "cap": cap, "sequences": settings.sequences, "parameters": record.num_parameters(shape)}
+    found["residues_per_s"] = measure(steps, batches, settings)
     if settings.peak_tflops:
         flops = [record.flops(shape, batch.cu_seqlens.diff().tolist()) / batch.num_residues for batch in batches[1:]]
         found["mfu"] = statistics.median(flops) * found["residues_per_s"]["ours"] / (settings.peak_tflops * 1e12)
     return found
 
 
-def report(rows: list[dict[str, Any]], settings: Settings, out: Path) -> None:
-    """JSON and a Markdown table."""
+def report(row: dict[str, Any], settings: Settings, out: Path) -> None:
+    """JSON and a Markdown table: this row, and the others that were measured before on this hardware with these versions."""
     hardware = describe()
     stem = "train_step" if settings.device.type == "cpu" else "train_step_cuda"
-    (out / f"{stem}.json").write_text(json.dumps({"hardware": hardware, "sequences": settings.sequences, "bf16": settings.bf16, "rows": rows}, indent=1) + "\n")
+    stored = out / f"{stem}.json"
+    before = json.loads(stored.read_text()) if stored.exists() else {}
+    same = {key: value for key, value in before.get("hardware", {}).items() if key not in TIMED} == {key: hardware[key] for key in hardware if key not in TIMED}
+    rows = {(one["family"], one["cap"]): one for one in (before["rows"] if same and before["bf16"] == settings.bf16 else [])}
+    rows[row["family"], row["cap"]] = row
+    ordered = sorted(rows.values(), key=lambda one: (FAMILIES.index(one["family"]), one["cap"]))
+    stored.write_text(json.dumps({"hardware": hardware, "bf16": settings.bf16, "rows": ordered}, indent=1) + "\n")
+    (out / f"{stem}.md").write_text(table(ordered, settings, hardware["line"]))
+
+
+def table(rows: list[dict[str, Any]], settings: Settings, hardware: str) -> str:
+    """Markdown."""
     kind = "one CPU thread, CPU time" if settings.device.type == "cpu" else torch.cuda.get_device_name(settings.device)
-    lines = [f"# A training step of every family's `small`: {kind}, {'bf16' if settings.bf16 else 'fp32'}, {settings.sequences} proteins a step", ""]
+    lines = [f"# A training step of every family's `small`: {kind}, {'bf16' if settings.bf16 else 'fp32'}", ""]
     lines += [
-        "| family | cap | parameters | ours, residues/s | transformers, dynamic padding | transformers, padded to the cap | MFU |",
-        "|---|---|---|---|---|---|---|",
+        "| family | cap | proteins a step | parameters | ours, residues/s | transformers, dynamic padding | transformers, padded to the cap | MFU |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         rate = row["residues_per_s"]
         other = [f"{rate[name]:,.0f} (ours {rate['ours'] / rate[name]:.2f}x)" if name in rate else "none" for name in ("dynamic padding", "padding to the cap")]
         mfu = f"{row['mfu']:.1%}" if "mfu" in row else ""
-        lines.append(f"| {row['family']} | {row['cap']} | {row['parameters']:,} | {rate['ours']:,.0f} | {other[0]} | {other[1]} | {mfu} |")
-    lines += ["", "Medians; forward, backward and AdamW; the same proteins and corruption for all; real residues only.", "", hardware["line"], ""]
-    (out / f"{stem}.md").write_text("\n".join(lines))
+        lines.append(f"| {row['family']} | {row['cap']} | {row['sequences']} | {row['parameters']:,} | {rate['ours']:,.0f} | {other[0]} | {other[1]} | {mfu} |")
+    return "\n".join([*lines, "", "Medians; forward, backward and AdamW; the same proteins and corruption for all; real residues only.", "", hardware, ""])
 
 
 def main() -> None:
     """Every family at both caps, one after the other."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--families", default=",".join(FAMILIES))
+    parser.add_argument("--caps", default="512,1024")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--sequences", type=int, default=8)
@@ -201,12 +215,11 @@ def main() -> None:
     if device.type == "cpu":
         torch.set_num_threads(1)
     settings = Settings(device, arguments.bf16 or device.type == "cuda", arguments.sequences, arguments.rounds, arguments.peak_tflops)
-    rows = []
     for name in arguments.families.split(","):
-        for cap in CAPS:
-            rows.append(family(name, cap, settings))
-            print(json.dumps(rows[-1]), flush=True)
-            report(rows, settings, arguments.out)
+        for cap in map(int, arguments.caps.split(",")):
+            row = family(name, cap, settings)
+            print(json.dumps(row), flush=True)
+            report(row, settings, arguments.out)
 
 
 if __name__ == "__main__":
