@@ -49,6 +49,12 @@ def as_json(command: Command) -> Command:
     return option(command)
 
 
+def positions(command: Command) -> Command:
+    """Add ``--positions``."""
+    help_text = "Give a learned position table so many rows: the first keep their weights, new ones are random. [default: as it is]"
+    return click.option("--positions", type=click.IntRange(min=1), metavar="N", help=help_text)(command)
+
+
 def as_minutes(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
     """The callback of an option that takes H:MM; "auto" is None."""
     try:

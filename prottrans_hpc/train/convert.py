@@ -16,6 +16,7 @@ from ..errors import ConfigError
 from ..models import huggingface
 from ..stage import Request
 from . import checkpoint
+from .position_table import with_positions
 
 
 def export(request: Request) -> None:
@@ -28,16 +29,26 @@ def export(request: Request) -> None:
     out = Path(request["out"])
     if out.exists():  # before gigabytes are read
         raise ConfigError(f"{out} exists already; choose a new folder, or remove it first")
-    values = _export_huggingface(checkpoint.find_checkpoint(Path(request["source"])), out, _EXPORTS[request["to"]], _PRECISIONS[precision])
+    source = checkpoint.find_checkpoint(Path(request["source"]))
+    values = _export_huggingface(source, out, _EXPORTS[request["to"]], _PRECISIONS[precision], request.get("positions"))
     _report(values, f"exported {values['architecture']} ({values['parameters']:,} parameters, step {values['step']}) to {values['path']}", request["json"])
 
 
-def _export_huggingface(source: Path, out: Path, choose: Callable[[Architecture, Any], Any], dtype: torch.dtype) -> dict[str, Any]:
+def _export_huggingface(source: Path, out: Path, choose: Callable[[Architecture, Any], Any], dtype: torch.dtype, num_positions: int | None) -> dict[str, Any]:
     record, shape, weights = checkpoint.load_model(source)
-    shape = choose(record, shape)
+    shape, weights = _resized(record, choose(record, shape), weights, num_positions)
     state = durable.read_json(source / checkpoint.STATE)
     huggingface.write_folder(out, record=record, shape=shape, weights=weights, card=render_card(record, shape, state), dtype=dtype)
     return {"path": str(out), "architecture": record.name, "parameters": record.num_parameters(shape), "step": int(state["step"]), "checkpoint": str(source)}
+
+
+def _resized(record: Architecture, shape: Any, weights: dict[str, torch.Tensor], num_positions: int | None) -> tuple[Any, dict[str, torch.Tensor]]:
+    if num_positions is None:
+        return shape, weights
+    shape, weights, notes = with_positions(record, shape, weights, num_positions)
+    for line in notes:
+        terminal.note(line)
+    return shape, weights
 
 
 def _whole(record: Architecture, shape: Any) -> Any:
@@ -64,15 +75,16 @@ def import_(request: Request) -> None:
     found = huggingface.read_folder(source, _importable())
     for line in found.notes:
         terminal.note(line)
+    shape, weights = _resized(found.record, found.shape, dict(found.weights), request.get("positions"))
     origin = {"imported_from": source.resolve().name, "notes": list(found.notes), "tool_version": __version__}
-    checkpoint.write_model_checkpoint(out, record=found.record, shape=found.shape, weights=found.weights, origin=origin)
+    checkpoint.write_model_checkpoint(out, record=found.record, shape=shape, weights=weights, origin=origin)
     values: dict[str, Any] = {
         "path": str(out),
         "architecture": found.record.name,
-        "sizes": sizes_of(found.record, found.shape),
-        "shape": dataclasses.asdict(found.shape),
+        "sizes": sizes_of(found.record, shape),
+        "shape": dataclasses.asdict(shape),
     }
-    values |= {"parameters": found.record.num_parameters(found.shape), "notes": list(found.notes)}
+    values |= {"parameters": found.record.num_parameters(shape), "notes": list(found.notes)}
     _report(values, f"imported {found.record.name} ({values['parameters']:,} parameters) as {out}", request["json"])
 
 

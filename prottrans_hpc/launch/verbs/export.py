@@ -6,11 +6,11 @@ from pathlib import Path
 
 import click
 
-from ..options import PRECISIONS, as_json, examples, path_argument, run_here, verbosity
+from ..options import PRECISIONS, as_json, examples, path_argument, positions, run_here, verbosity
 
 _EXAMPLES = examples(
     "prottrans export runs/tiny_prot_bert-1a2b3c4d --to hf my_model",
-    "prottrans export checkpoints/step-00001000 --to hf my_model",
+    "prottrans export checkpoints/step-00001000 --to hf my_model --positions 40000",
     "prottrans export runs/prot_t5_xl_u50-1a2b3c4d --to hf-encoder --precision fp16 my_encoder",
 )
 
@@ -24,9 +24,10 @@ _EXAMPLES = examples(
     help="The format: hf, a folder for HuggingFace transformers; hf-encoder, the same of an encoder-decoder's encoder alone.",
 )
 @click.option("--precision", type=click.Choice(PRECISIONS), default="fp32", show_default=True, help="What the weights are written in.")
+@positions
 @path_argument("out", metavar="DIR")
 @as_json
 @verbosity
-def export(source: Path, to: str, precision: str, out: Path, as_json: bool) -> None:
+def export(source: Path, to: str, precision: str, positions: int | None, out: Path, as_json: bool) -> None:
     """Write the model of a run or checkpoint to DIR, where AutoModel and AutoTokenizer of HuggingFace transformers open it."""
-    run_here("export", {"source": str(source), "to": to, "precision": precision, "out": str(out), "json": as_json})
+    run_here("export", {"source": str(source), "to": to, "precision": precision, "positions": positions, "out": str(out), "json": as_json})
