@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from .comm import Json, ParallelModel, check_same, decode, encode, parameter_digest
 from .errors import ConfigError, RankLostError, ResourceError, missing_package
 from .rank import RankContext
-from .recipe import Parallel
+from .recipe_parallel import Parallel
 
 _POLL_S = 0.0002
 

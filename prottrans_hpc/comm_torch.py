@@ -25,7 +25,7 @@ from . import comm_rendezvous
 from .comm import Json, ParallelModel, check_same, decode, encode, parameter_digest
 from .errors import RankLostError
 from .rank import RankContext
-from .recipe import Parallel
+from .recipe_parallel import Parallel
 
 
 def open_torch(parallel: Parallel, context: RankContext, *, run_dir: Path | None, device: torch.device) -> "TorchComm":

@@ -15,8 +15,10 @@ from pydantic.dataclasses import dataclass
 from . import config, precision_levels
 from .config import STRICT, Count, Fraction, Natural, Positive
 from .errors import ConfigError
+from .recipe_memory import Memory
 from .recipe_objectives import Masked, Objective
 from .recipe_optimizers import Optimizer
+from .recipe_parallel import Parallel
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -101,18 +103,6 @@ class Loading:
 
 
 @dataclass(frozen=True, config=STRICT)
-class Parallel:
-    """How ranks talk."""
-
-    comm: Literal["torch", "horovod"] = "torch"
-    """torch.distributed (DDP over gloo or nccl) or Horovod; one rank needs neither."""
-    bucket_mib: Count = 25
-    """Size of a gradient bucket, MiB."""
-    timeout_s: Count = 600
-    """A collective that takes longer means a dead rank: the whole gang ends."""
-
-
-@dataclass(frozen=True, config=STRICT)
 class Checkpointing:
     """When training state is saved, and what is kept."""
 
@@ -150,14 +140,6 @@ class Divergence:
     """What each rollback multiplies the learning rate by, for all steps that follow."""
     max_rollbacks: Count = 4
     """One more ends the run."""
-
-
-@dataclass(frozen=True, config=STRICT)
-class Memory:
-    """What is given up for memory; none of it changes a bit of the result."""
-
-    recompute_every: Natural = 0
-    """Every so many-th layer keeps its input alone and is computed again for the gradient: 1 all, 2 every second, 0 none."""
 
 
 @dataclass(frozen=True, config=STRICT)

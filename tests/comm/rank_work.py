@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from prottrans_hpc import comm, errors, rank
-from prottrans_hpc.recipe import Parallel
+from prottrans_hpc.recipe_parallel import Parallel
 
 NUM_SAMPLES = 12
 
