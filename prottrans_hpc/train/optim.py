@@ -129,8 +129,9 @@ class AdamW:
     @torch.no_grad()
     def step(self, learning_rate: float, gradient_factor: float = 1.0) -> None:
         """One update; the gradients are scaled in place."""
-        if gradient_factor != 1.0:
-            torch._foreach_mul_([parameter.grad for parameter in self._parameters.values() if parameter.grad is not None], gradient_factor)
+        gradients = [parameter.grad for parameter in self._parameters.values() if parameter.grad is not None]
+        if gradients and gradient_factor != 1.0:
+            torch._foreach_mul_(gradients, gradient_factor)
         for group in self._adam.param_groups:
             group["lr"] = learning_rate
         self._adam.step()

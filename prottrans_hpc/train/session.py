@@ -19,7 +19,7 @@ from ..precision_levels import LEVELS
 from ..recipe import Recipe
 from ..run_dir import Run, RunDir
 from ..stage import find
-from . import precision
+from . import host_optimizer, precision
 from .divergence import SpikeDetector
 from .lane_loader import load_lane_steps
 from .lane_memory import LaneMemory
@@ -111,6 +111,8 @@ def open_session(run: Run, run_dir: RunDir, comm: Comm, *, index: Index, start_i
     module.recompute_every = recipe.memory.recompute_every
     forward = precision.forward_context(recipe.precision, comm.device)
     masters = precision.lower_weights(module, recipe.precision)
+    if host_optimizer.moves(recipe, comm.device):
+        masters = host_optimizer.on_host(masters)
     model = comm.parallel(module, recipe.parallel.bucket_mib)
     return Session(
         run=run,
@@ -134,6 +136,8 @@ def open_session(run: Run, run_dir: RunDir, comm: Comm, *, index: Index, start_i
 
 
 def _optimizer(module: nn.Module, masters: dict[str, Tensor], chosen: Recipe) -> Optimizer:
+    if host_optimizer.moves(chosen, next(module.parameters()).device):
+        return host_optimizer.build_host_optimizer(module, masters, chosen)
     if LEVELS[chosen.precision].weights == "fp32":
         return build_optimizer(module.named_parameters(), chosen.optimizer)
     trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
