@@ -38,12 +38,16 @@ MAY_IMPORT = {
     "launch": {"base"},
     "rank": {"base"},
     "log": {"base", "rank"},
-    "comm": {"base", "rank", "log"},
+    "comm": {"base", "rank", "log", "memory"},
     "corpus": BELOW_CORPUS,
     "objectives": BELOW_CORPUS | {"corpus"},
-    "models": BELOW_CORPUS,
-    "train": BELOW_CORPUS | {"corpus", "objectives", "models"},
-    "embed": BELOW_CORPUS | {"corpus", "objectives", "models", "train"},
+    # Plug-ins for any torch module.
+    "memory": {"base"},
+    "models": BELOW_CORPUS | {"memory"},
+    "train": BELOW_CORPUS | {"corpus", "objectives", "memory", "models"},
+    "embed": BELOW_CORPUS | {"corpus", "objectives", "memory", "models", "train"},
+    "profile": BELOW_CORPUS | {"corpus", "objectives", "memory", "models", "train"},
+    "profile": BELOW_CORPUS | {"corpus", "objectives", "models", "train", "embed"},
     # `python -m prottrans_hpc STAGE RUN_DIR`: the gate of the ranks' side; it goes on through the table of stages.
     "__main__": BELOW_CORPUS | {"train"},
 }
@@ -52,6 +56,7 @@ LIBRARIES = {
     "launch": {"click", "rich", "submitit", "pydantic"},
     "rank": set(),
     "log": set(),
+    "memory": {"torch"},
     # Residues, not models: a corpus is built and a batch is drawn where torch is not installed.
     "corpus": {"numpy", "h5py", "mpi4py", "isal", "zstandard", "matplotlib", "rich"},
     "objectives": {"numpy"},
