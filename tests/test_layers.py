@@ -46,8 +46,7 @@ MAY_IMPORT = {
     "models": BELOW_CORPUS | {"memory"},
     "train": BELOW_CORPUS | {"corpus", "objectives", "memory", "models"},
     "embed": BELOW_CORPUS | {"corpus", "objectives", "memory", "models", "train"},
-    "profile": BELOW_CORPUS | {"corpus", "objectives", "memory", "models", "train"},
-    "profile": BELOW_CORPUS | {"corpus", "objectives", "models", "train", "embed"},
+    "profile": BELOW_CORPUS | {"corpus", "objectives", "memory", "models", "train", "embed"},
     # `python -m prottrans_hpc STAGE RUN_DIR`: the gate of the ranks' side; it goes on through the table of stages.
     "__main__": BELOW_CORPUS | {"train"},
 }
