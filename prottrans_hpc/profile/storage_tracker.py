@@ -63,18 +63,18 @@ class StorageTracker:
                 del self._tracked[key]
 
     def __enter__(self) -> StorageTracker:
-        self._mode.__enter__()
+        self._mode.__enter__()  # type: ignore[no-untyped-call] # of torch
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._mode.__exit__(kind, error, trace)
+        self._mode.__exit__(kind, error, trace)  # type: ignore[no-untyped-call] # of torch
 
 
-class _Watching(TorchDispatchMode):
+class _Watching(TorchDispatchMode):  # type: ignore[no-untyped-call] # of torch
     """Shows a tracker what every operation returns."""
 
     def __init__(self, tracker: StorageTracker) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call] # of torch
         self._tracker = weakref.proxy(tracker)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
