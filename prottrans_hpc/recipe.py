@@ -15,6 +15,7 @@ from pydantic.dataclasses import dataclass
 from . import config, precision_levels
 from .config import STRICT, Count, Fraction, Natural, Positive
 from .errors import ConfigError
+from .recipe_health import Health
 from .recipe_memory import Memory
 from .recipe_objectives import Masked, Objective
 from .recipe_optimizers import Optimizer
@@ -181,6 +182,7 @@ class Recipe:
     loss_scaling: LossScaling = LossScaling()
     divergence: Divergence = Divergence()
     memory: Memory = Memory()
+    health: Health = Health()
     seed: Natural = 42
     non_finite_limit: Count = 3
     """So many steps in a row with a non-finite loss or gradient trigger the rollback."""
@@ -195,7 +197,7 @@ class Recipe:
         return sum(phase.steps for phase in self.phases)
 
 
-_NOT_SCIENCE = ("description", "loading", "parallel", "checkpoint", "validation", "memory")
+_NOT_SCIENCE = ("description", "loading", "parallel", "checkpoint", "validation", "memory", "health")
 
 
 def read_recipe(name_or_path: str, settings: tuple[str, ...] = ()) -> Recipe:

@@ -197,6 +197,19 @@ def _went_back(rows: list[Start], event: Record) -> None:
     _open_row(rows).notes.append(f"went back from step {event.get('step')} to {event.get('to')}: {event.get('cause')}")
 
 
+def _slow_node(rows: list[Start], event: Record) -> None:
+    ranks = ", ".join(map(str, event.get("ranks") or ()))
+    _open_row(rows).notes.append(
+        f"step {event.get('step')}: node {event.get('node')} ({event.get('host')}) is slow, {event.get('factor')} times the median: rank {ranks}"
+    )
+
+
+def _recovered(rows: list[Start], event: Record) -> None:
+    _open_row(rows).notes.append(
+        f"step {event.get('step')}: node {event.get('node')} ({event.get('host')}) is no longer slow, {event.get('factor')} times the median"
+    )
+
+
 def _note(rows: list[Start], event: Record) -> None:
     known = ("time", "event", "job_id", "restart")
     details = ", ".join(f"{key} {value}" for key, value in event.items() if key not in known and value not in (None, "", []))
@@ -213,6 +226,8 @@ _TELLERS = {
     "start": _started,
     "stop": _stopped,
     "went back": _went_back,
+    "slow node": _slow_node,
+    "node recovered": _recovered,
     "taken_over": _taken_over,
     **dict.fromkeys(("refused", "requeued", "cancelled", "cancelled_rest"), _note),
 }

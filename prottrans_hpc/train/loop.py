@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ..errors import NumericsError, RequeueRequested
-from . import preemption, resume, retention
+from . import health, preemption, resume, retention
 from .loader import LoadedStep, Loader
 from .schedule import phase_of
 from .session import Progress, Session
@@ -56,6 +56,7 @@ def _take_steps(session: Session, loader: Loader, validator: Validator) -> Endin
         _enter_phase(session, loaded)
         result = take_step(session, loaded)
         clock.step_taken(data_wait_s=loader.wait_s)
+        health.tell_slow_nodes(session, step=loaded.step + 1)
         session.progress = Progress(loaded.step + 1, loaded.position_after, session.progress.samples + _samples_of(loaded, result)[0])
         if not result.has_overflowed:
             skipped_in_a_row = 0 if result.is_finite else skipped_in_a_row + 1

@@ -28,6 +28,7 @@ from .loss_scale import LossScale
 from .optim import Optimizer, build_optimizer
 from .records import Records
 from .saving import Saver
+from .stragglers import ComputeTimer, Stragglers
 
 _log = logging.getLogger(__name__)
 
@@ -69,6 +70,7 @@ class Session:
     """On rank 0 only."""
     peak_flops: float | None
     """Of all ranks' GPUs together in this precision, per second; None when the machine profile does not say."""
+    timer: ComputeTimer
     progress: Progress = field(default_factory=Progress)
     last_saved: int = 0
     """Newest step in a checkpoint, or on its way into one."""
@@ -76,6 +78,7 @@ class Session:
     """The step at which non-finite numbers last made the run go back to a checkpoint."""
     memory: LaneMemory = field(default_factory=LaneMemory)
     """Of this rank's lanes; stays empty for models without."""
+    stragglers: Stragglers = field(default_factory=Stragglers)
 
     def open_loader(self) -> Loader:
         """The steps from here on."""
@@ -132,6 +135,7 @@ def open_session(run: Run, run_dir: RunDir, comm: Comm, *, index: Index, start_i
         saver=Saver(run_dir, comm, recipe.checkpoint, start_id=start_id),
         records=records,
         peak_flops=_peak_flops(run, comm),
+        timer=ComputeTimer(comm.device),
     )
 
 

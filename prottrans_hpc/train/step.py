@@ -96,6 +96,7 @@ def step_seed(seed: int, *, step: int, rank: int) -> int:
 def _forward_backward(session: Session, loaded: LoadedStep, multiplier: float) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients times `multiplier`, summed over micro batches and ranks; the loss of each micro batch, the correct targets and the sums of
     the loss's parts stay on the device."""
+    session.timer.begin()
     if loaded.begins_lanes:
         session.memory.forget()
     losses: list[Tensor] = []
@@ -105,6 +106,7 @@ def _forward_backward(session: Session, loaded: LoadedStep, multiplier: float) -
     for index, batch in enumerate(on_device(batches, session.comm.device)):
         with session.model.no_sync() if index < last else contextlib.nullcontext():
             losses.append(_one(session, session.memory.put_into(batch, index), sums, multiplier, index))
+    session.timer.end()
     session.model.finish_gradients()
     return torch.stack(losses), sums[0], sums[1:]
 
@@ -155,8 +157,11 @@ def _exchange(session: Session, loaded: LoadedStep, losses: Tensor, sums: Tensor
     own = (float(preemption.requested()), loss, correct, float(loaded.num_targets), float(loaded.num_residues), float(loaded.num_tokens), flops, *parts)
     lane_sums = tuple(map(float, astuple(loaded.lane_sums))) if loaded.lane_sums else ()
     own += lane_sums
-    summed = session.comm.all_reduce_sum(torch.tensor([*own, *session.saver.report()], dtype=torch.float64)).tolist()
-    session.saver.receive(summed[len(own) :])
+    session.stragglers.add(session.timer.seconds(), loaded.num_tokens)
+    paces, saves = session.stragglers.report(loaded.step + 1), session.saver.report()
+    summed = session.comm.all_reduce_sum(torch.tensor([*own, *paces, *saves], dtype=torch.float64)).tolist()
+    session.stragglers.receive(summed[len(own) : len(own) + len(paces)])
+    session.saver.receive(summed[len(own) + len(paces) :])
     num_plain = len(own) - len(parts) - len(lane_sums)
     added = summed[num_plain : len(own)]
     return replace(Status(*summed[:num_plain]), parts=tuple(added[: len(parts)]), lane_sums=tuple(added[len(parts) :]))

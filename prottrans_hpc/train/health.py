@@ -1,0 +1,51 @@
+"""What the loop asks of the watch over nodes and ranks: who is where, and who is slow."""
+
+from __future__ import annotations
+
+import logging
+
+from ..rank import RankContext
+from .session import Session
+from .stragglers import Place, Stragglers, Verdict
+
+_log = logging.getLogger(__name__)
+
+
+def know_places(session: Session, context: RankContext) -> None:
+    """From here on slow nodes can be named. Collective."""
+    told = session.comm.all_gather_object([context.hostname, context.node_rank])
+    places = [Place(str(host), int(node)) for host, node in told]
+    session.stragglers = Stragglers(session.run.recipe.health, places, context.rank)
+
+
+def tell_slow_nodes(session: Session, *, step: int) -> None:
+    """Name the nodes that the last windows showed to be slow, or as fast as the others again, in the log and the history."""
+    stragglers = session.stragglers
+    if not stragglers.findings:
+        return
+    findings, stragglers.findings = stragglers.findings, []
+    if session.records is None:
+        return
+    for verdict in findings:
+        _log.warning("%s", _sentence(verdict, stragglers))
+        session.records.event(
+            "slow node" if verdict.is_slow else "node recovered",
+            step=step,
+            host=verdict.host,
+            node=verdict.node,
+            ranks=list(verdict.ranks),
+            factor=round(verdict.factor, 2),
+        )
+
+
+def _sentence(verdict: Verdict, stragglers: Stragglers) -> str:
+    settings = stragglers.settings
+    who = f"node {verdict.node} ({verdict.host})"
+    over = f"over {settings.slow_patience} windows of {settings.slow_window_steps} steps"
+    if not verdict.is_slow:
+        return f"{who} is no longer slow: {verdict.factor:.2f} times the median rank's time, {over}"
+    ranks = f"rank {', '.join(map(str, verdict.ranks[:8]))}{f' and {len(verdict.ranks) - 8} more' if len(verdict.ranks) > 8 else ''}"
+    return (
+        f"{who} is slow: {ranks} computes {verdict.factor:.2f} times as long as the median rank, {over}. "
+        f"All ranks wait for it; a batch system leaves it out with: prottrans runs resume RUN --exclude {verdict.host}"
+    )
