@@ -142,6 +142,8 @@ class Machine:
     """
     sources: tuple[str, ...] = ()
     """Where the numbers come from, one line each."""
+    exclude_slow_nodes: bool = False
+    """Whether a start leaves out the nodes that the run's history found slow."""
     retired: bool = False
     """The machine exists no more; the profile is kept to reproduce what ran there."""
 
@@ -186,6 +188,8 @@ class Allocation:
     """Whole racks that the nodes must fill; None: any nodes."""
     node_names: tuple[str, ...] = ()
     """With rack_placement "node_list": the very nodes, chosen when the job is submitted."""
+    excluded_nodes: tuple[str, ...] = ()
+    """That the job must not get."""
 
     @property
     def num_ranks(self) -> int:

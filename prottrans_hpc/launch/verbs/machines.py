@@ -86,6 +86,8 @@ def _describe(machine: Machine) -> list[str]:
         lines.append("account:  required (--account)")
     if machine.queues:
         lines.append(f"warning:  {machine.warning_min} minutes before its walltime a job saves and stops")
+    if machine.exclude_slow_nodes:
+        lines.append("slow:     nodes that a run's history found slow are left out of its next start")
     if machine.starter == "jsrun":
         lines.append(f"jsrun:    one resource set a {machine.resource_set}")
     if machine.staging != "none":
