@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from . import config, precision_levels
+from . import config, precision_levels, recipe_memory
 from .config import STRICT, Count, Fraction, Natural, Positive
 from .errors import ConfigError
 from .recipe_health import Health
@@ -212,7 +212,7 @@ def read_recipe(name_or_path: str, settings: tuple[str, ...] = ()) -> Recipe:
 def science(recipe: Recipe) -> dict[str, Any]:
     """The fields that define the result; two runs that agree in them are the same experiment."""
     values: dict[str, Any] = config.to_json(recipe)
-    return {key: value for key, value in values.items() if key not in _NOT_SCIENCE}
+    return {**{key: value for key, value in values.items() if key not in _NOT_SCIENCE}, **recipe_memory.lossy(recipe.memory)}
 
 
 def recipe_from_json(values: dict[str, Any], *, source: str) -> Recipe:

@@ -7,7 +7,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+
+from ..memory.keeping import recompute
 
 Built = TypeVar("Built", bound=nn.Module)
 
@@ -47,8 +48,9 @@ def own_part(weight: Tensor) -> Tensor:
 def run_layer(index: int, every: int, layer: Callable[..., Any], *arguments: Any) -> Any:
     """Call the layer of this number; every `every`-th one keeps its inputs only and is computed again for the gradient (0: none).
 
-    Chen et al. 2016, Training Deep Nets with Sublinear Memory Cost. What the layer draws at random is drawn again alike.
+    Chen et al. 2016, Training Deep Nets with Sublinear Memory Cost. What the layer draws at random is drawn again alike; what it keeps beside
+    its inputs says the policy in force (`memory.keeping`).
     """
     if every and index % every == 0 and torch.is_grad_enabled():
-        return checkpoint(layer, *arguments, use_reentrant=False)
+        return recompute(layer, *arguments)
     return layer(*arguments)

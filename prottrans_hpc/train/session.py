@@ -15,6 +15,7 @@ from ..corpus.index import Index, read_index
 from ..corpus.order import SamplePosition
 from ..corpus.reader import Corpus
 from ..errors import IdentityError
+from ..memory.policy import around
 from ..precision_levels import LEVELS
 from ..recipe import Recipe
 from ..run_dir import Run, RunDir
@@ -114,6 +115,7 @@ def open_session(run: Run, run_dir: RunDir, comm: Comm, *, index: Index, start_i
     module.recompute_every = recipe.memory.recompute_every
     forward = precision.forward_context(recipe.precision, comm.device)
     masters = precision.lower_weights(module, recipe.precision)
+    forward = around(forward, recipe.memory, module.parameters())
     if host_optimizer.moves(recipe, comm.device):
         masters = host_optimizer.on_host(masters)
     model = comm.parallel(module, recipe.parallel.bucket_mib)
