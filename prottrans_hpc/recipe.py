@@ -19,7 +19,7 @@ from .recipe_health import Health
 from .recipe_memory import Memory
 from .recipe_objectives import Masked, Objective
 from .recipe_optimizers import Optimizer
-from .recipe_parallel import Parallel
+from .recipe_parallel import Parallel, lossy
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -190,6 +190,9 @@ class Recipe:
     def __post_init__(self) -> None:
         if not self.phases:
             raise ValueError("a recipe needs at least one [[phases]]")
+        level = precision_levels.LEVELS[self.precision]
+        if self.parallel.compression == "powersgd" and (level.weights != "fp32" or level.scales_loss):
+            raise ValueError(f"parallel.compression powersgd takes fp32 gradients of one scale in all steps, which precision {self.precision} has not")
 
     @property
     def num_steps(self) -> int:
@@ -212,7 +215,7 @@ def read_recipe(name_or_path: str, settings: tuple[str, ...] = ()) -> Recipe:
 def science(recipe: Recipe) -> dict[str, Any]:
     """The fields that define the result; two runs that agree in them are the same experiment."""
     values: dict[str, Any] = config.to_json(recipe)
-    return {**{key: value for key, value in values.items() if key not in _NOT_SCIENCE}, **recipe_memory.lossy(recipe.memory)}
+    return {**{key: value for key, value in values.items() if key not in _NOT_SCIENCE}, **lossy(recipe.parallel), **recipe_memory.lossy(recipe.memory)}
 
 
 def recipe_from_json(values: dict[str, Any], *, source: str) -> Recipe:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic.dataclasses import dataclass
 
@@ -19,3 +19,21 @@ class Parallel:
     """Size of a gradient bucket, MiB."""
     timeout_s: Count = 600
     """A collective that takes longer means a dead rank: the whole gang ends."""
+    reduction: Literal["flat", "hierarchical"] = "flat"
+    """Gradients are summed over all ranks at once, or within each node first, so that less of them crosses between the nodes."""
+    compression: Literal["none", "fp16", "bf16", "powersgd"] = "none"
+    """What gradients are made smaller by on their way; all but none are lossy, and part of what defines the result."""
+    powersgd_rank: Count = 4
+    """Rank of the two factors that stand for a gradient with compression = "powersgd"; more is nearer to the gradient, and larger."""
+
+    def __post_init__(self) -> None:
+        if self.comm == "horovod" and (self.reduction, self.compression) != ("flat", "none"):
+            raise ValueError("reduction and compression are those of torch.distributed: leave them out, or set comm = 'torch'")
+
+
+def lossy(parallel: Parallel) -> dict[str, Any]:
+    """What of this section changes the result of a run: nothing by default."""
+    if parallel.compression == "none":
+        return {}
+    rank = {"rank": parallel.powersgd_rank} if parallel.compression == "powersgd" else {}
+    return {"compression": {"name": parallel.compression, **rank}}
