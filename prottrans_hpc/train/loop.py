@@ -18,7 +18,7 @@ from .loader import LoadedStep, Loader
 from .schedule import phase_of
 from .session import Progress, Session
 from .step import StepResult, means_of_parts, take_step
-from .timing import Clock
+from .timing import Clock, by_name
 from .validation import Validator, perplexity
 
 _log = logging.getLogger(__name__)
@@ -52,7 +52,8 @@ def train(session: Session) -> None:
 
 def _take_steps(session: Session, loader: Loader, validator: Validator) -> Ending:
     skipped_in_a_row, clock, last_step = 0, Clock(), session.run.last_step
-    for loaded in loader:
+    session.timing.begin()
+    for loaded in session.timing.waits_for(loader):
         _enter_phase(session, loaded)
         result = take_step(session, loaded)
         clock.step_taken(data_wait_s=loader.wait_s)
@@ -66,15 +67,17 @@ def _take_steps(session: Session, loader: Loader, validator: Validator) -> Endin
         if result.is_finite and _is_diverging(session, result):
             return Ending.DIVERGED
         if validator.is_due(step) and (ends or not stops):
-            with clock.apart():
+            with clock.apart(), session.timing.part(None):
                 _tell_validation(validator.measure())
         # While steps are being skipped, or a spike may begin, the last state that is known to be good is on disk: leave it the newest one.
         saves = (ends or stops or (_save_is_due(session) and not session.divergence.is_suspicious)) and not skipped_in_a_row
         if saves:
-            clock.checkpoint_s = _stage(session)
+            with session.timing.part("checkpoint"):
+                clock.checkpoint_s = _stage(session)
         _record(session, loaded, result, clock)
         if saves:
-            session.saver.start()
+            with session.timing.part("checkpoint"):
+                session.saver.start()
         if ends or stops:
             return Ending.DONE if ends else Ending.STOP_REQUESTED
     return Ending.DONE
@@ -184,6 +187,7 @@ def _record(session: Session, loaded: LoadedStep, result: StepResult, clock: Clo
         "step_s": round(step_s, 6),
         "data_wait_s": round(clock.data_wait_s, 6),
         "checkpoint_s": round(clock.checkpoint_s, 6),
+        "ledger": by_name(result.status.ledger),
         "memory_mib": _memory_mib(session.comm.device),
     }
     session.records.step(record)
@@ -209,6 +213,7 @@ def metrics_of(session: Session, loaded: LoadedStep, result: StepResult) -> dict
         "grad_norm": result.gradient_norm,
         "num_sequences": num_samples,
         "num_residues": int(status.num_residues),
+        "num_tokens": int(status.num_tokens),
         "num_targets": int(status.num_targets),
         "skipped": not is_finite,
         **({} if result.loss_scale is None else {"loss_scale": result.loss_scale}),

@@ -66,14 +66,15 @@ def num_bytes(num_ranks: int) -> int:
 class NodeTimings:
     """A rank's part in its node's file; the first rank of the node writes it."""
 
-    def __init__(self, path: Path, context: RankContext, slots: Slots) -> None:
-        self._local_rank, self._slots, self._path = context.local_rank, slots, path
+    def __init__(self, path: Path | None = None, slots: Slots | None = None, local_rank: int = 0) -> None:
+        """`path` is given on the node's first rank only."""
+        self._path, self._local_rank, self._slots = path, local_rank, slots or Slots(1, None)
         self._file: JsonLines | None = None
 
     def begin_at(self, step: int) -> None:
         """Cut the file back to `step` and go on from there."""
         self._end_file()
-        if self._local_rank:
+        if self._path is None:
             return
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -117,7 +118,8 @@ class NodeTimings:
 @contextlib.contextmanager
 def shared(run_dir: RunDir, context: RankContext, comm: Comm, *, start_id: str) -> Iterator[NodeTimings]:
     """This rank's part in the file of its node. Collective at the beginning."""
-    timings = NodeTimings(run_dir.node_timings(context.node_rank), context, _meet(context, comm, start_id))
+    path = run_dir.node_timings(context.node_rank) if context.is_node_main else None
+    timings = NodeTimings(path, _meet(context, comm, start_id), context.local_rank)
     try:
         yield timings
     finally:

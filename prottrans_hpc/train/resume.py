@@ -88,6 +88,7 @@ def restore(session: Session, *, multiple_of: int = 1) -> str | None:
         check_identity(found, identity(session))
         _apply(session, found)
     session.last_saved = session.progress.step
+    session.node_timings.begin_at(session.progress.step)
     if session.records is not None:
         session.records.begin_at(session.progress.step)
     return found.path.name if found else None

@@ -26,10 +26,12 @@ from .lane_loader import load_lane_steps
 from .lane_memory import LaneMemory
 from .loader import Loader, load_steps
 from .loss_scale import LossScale
+from .node_timings import NodeTimings
 from .optim import Optimizer, build_optimizer
 from .records import Records
 from .saving import Saver
 from .stragglers import ComputeTimer, Stragglers
+from .timing import StepTiming
 
 _log = logging.getLogger(__name__)
 
@@ -72,6 +74,9 @@ class Session:
     peak_flops: float | None
     """Of all ranks' GPUs together in this precision, per second; None when the machine profile does not say."""
     timer: ComputeTimer
+    timing: StepTiming
+    node_timings: NodeTimings = field(default_factory=NodeTimings)
+    """Whatever is put there goes nowhere until the stage gives it a file."""
     progress: Progress = field(default_factory=Progress)
     last_saved: int = 0
     """Newest step in a checkpoint, or on its way into one."""
@@ -138,6 +143,7 @@ def open_session(run: Run, run_dir: RunDir, comm: Comm, *, index: Index, start_i
         records=records,
         peak_flops=_peak_flops(run, comm),
         timer=ComputeTimer(comm.device),
+        timing=StepTiming(comm.device),
     )
 
 

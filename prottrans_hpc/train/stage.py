@@ -15,7 +15,7 @@ from ..errors import RequeueRequested
 from ..rank import RankContext
 from ..run_dir import Run, RunDir, read_run
 from ..stage import Request
-from . import environment, health, preemption, resume, retention
+from . import environment, health, node_timings, preemption, resume, retention
 from .loop import train
 from .records import Records
 from .run_lock import only_start
@@ -46,7 +46,9 @@ def _start(run: Run, run_dir: RunDir, comm: Comm, context: RankContext, *, start
         for name in retention.remove_leftovers(run_dir):
             _log.info("removed %s, which a stopped save had left", name)
     with staged(read_corpus_index(run), run.machine, comm, context, timeout_s=run.recipe.parallel.timeout_s) as index:
-        _go_on(open_session(run, run_dir, comm, index=index, start_id=start_id, records=records), start_id=start_id, context=context)
+        session = open_session(run, run_dir, comm, index=index, start_id=start_id, records=records)
+        with node_timings.shared(run_dir, context, comm, start_id=start_id) as session.node_timings:
+            _go_on(session, start_id=start_id, context=context)
 
 
 def _go_on(session: Session, *, start_id: str, context: RankContext) -> None:
