@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from .config import STRICT, Natural
@@ -20,6 +21,9 @@ class Memory:
     part); or those and every second product with a weight."""
     saved: Literal["as_is", "bf16"] = "as_is"
     """What is kept for the gradient: the numbers themselves, or fp32 ones in bf16. Lossy: another experiment."""
+    lms_limit_gib: Annotated[float, Field(ge=0.0)] | None = None
+    """What is kept for the gradient may take so much of the GPU; the rest waits in pinned host memory (large model support). 0: all of it waits there,
+    but for small tensors. None: all stays. On CPUs it is done, too, and spares nothing."""
     optimizer_on: Literal["device", "host"] = "device"
     """Where the optimizer's state and its update are: "host" spares the GPU 8 to 12 bytes a parameter, and is the same thing where ranks compute on CPUs."""
 

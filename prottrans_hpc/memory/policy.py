@@ -11,6 +11,7 @@ from torch import Tensor
 from ..recipe_memory import Memory
 from .hooks import AS_IS, Hooks, applied
 from .keeping import keeping
+from .lms import LargeModelSupport
 from .narrowing import narrowing
 
 Context = Callable[[], AbstractContextManager[object]]
@@ -37,4 +38,8 @@ def around(forward: Context, memory: Memory, parameters: Iterable[Tensor]) -> Co
 
 
 def _saving(memory: Memory, parameters: Iterable[Tensor]) -> Hooks:
-    return narrowing(parameters) if memory.saved == "bf16" else AS_IS
+    given = list(parameters)
+    moving = AS_IS
+    if memory.lms_limit_gib is not None:
+        moving = LargeModelSupport(int(memory.lms_limit_gib * 2**30), parameters=given).hooks
+    return narrowing(given, inner=moving) if memory.saved == "bf16" else moving

@@ -92,7 +92,7 @@ def test_a_backward_pass_may_run_again(policy: str) -> None:
 
 def test_a_kept_product_that_is_changed_in_place_is_an_error() -> None:
     """Its value is lost: autograd, which saved the result of the relu and not the product, had not needed it."""
-    with pytest.raises(RuntimeError, match="modified by an inplace operation: a torch[.]float32 tensor of shape"):
+    with pytest.raises(RuntimeError, match=r"modified by an inplace operation: a torch\.float32 tensor of shape"):
         gradients(nn.ModuleList([Wide()]), torch.randn(20, 32), "attention_and_narrow")
 
 

@@ -15,7 +15,7 @@ from prottrans_hpc.architecture import Batch
 from prottrans_hpc.corpus.index import read_index
 from prottrans_hpc.corpus.reader import Corpus
 from prottrans_hpc.corpus.samples import whole_sequences
-from prottrans_hpc.memory import narrowing
+from prottrans_hpc.memory import lms, narrowing
 from prottrans_hpc.memory.policy import around
 from prottrans_hpc.objectives.layout import lay_out
 from prottrans_hpc.recipe import read_recipe, science
@@ -30,6 +30,10 @@ LOSSLESS = {
     "attention": Memory(recompute_every=1, recompute_keeps="attention"),
     "narrow": Memory(recompute_every=1, recompute_keeps="attention_and_narrow"),
     "half": Memory(recompute_every=1, recompute_keeps="attention_and_half"),
+    "moved": Memory(lms_limit_gib=0.0),
+    "moved over a limit": Memory(lms_limit_gib=200 / 2**20),
+    "moved of every second layer": Memory(recompute_every=2, lms_limit_gib=100 / 2**20),
+    "attention moved": Memory(recompute_every=1, recompute_keeps="attention", lms_limit_gib=0.0),
     "narrow of every second": Memory(recompute_every=2, recompute_keeps="attention_and_narrow"),
 }
 
@@ -75,7 +79,8 @@ def twin(request: pytest.FixtureRequest, small_corpus: Any) -> Twin:
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
-def test_lossless_policies_give_equal_gradients(twin: Twin, autocast: bool) -> None:
+def test_lossless_policies_give_equal_gradients(twin: Twin, autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lms, "SIZE_BYTES", 1024)
     loss, gradients = twin.gradients(Memory(), autocast=autocast)
     for name, memory in LOSSLESS.items():
         found = twin.gradients(memory, autocast=autocast)
@@ -87,7 +92,12 @@ def test_bf16_saved_is_close_and_not_equal(twin: Twin, monkeypatch: pytest.Monke
     """The bound that docs/lms.md states: 2 ** -4 of the gradient's length. T5, which does not scale its scores, comes closest."""
     monkeypatch.setattr(narrowing, "SMALLEST_BYTES", 1024)
     loss, gradients = twin.gradients(Memory())
-    for memory in (Memory(saved="bf16"), Memory(recompute_every=1, recompute_keeps="attention", saved="bf16")):
+    monkeypatch.setattr(lms, "SIZE_BYTES", 1024)
+    for memory in (
+        Memory(saved="bf16"),
+        Memory(recompute_every=1, recompute_keeps="attention", saved="bf16"),
+        Memory(recompute_every=2, recompute_keeps="attention", saved="bf16", lms_limit_gib=50 / 2**20),
+    ):
         found = twin.gradients(memory)
         assert torch.equal(found[0], loss), "the forward pass is exact"
         error = float((found[1] - gradients).norm() / gradients.norm())
