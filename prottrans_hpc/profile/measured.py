@@ -13,6 +13,7 @@ from ..errors import ConfigError
 from . import fitting, measured_steps, what_if
 from .cost_model import MIB, Manner, Work, predict
 from .fitting import Fitted
+from .known_links import AllReduce
 from .measured_steps import Size
 from .scaling import Scaling
 
@@ -51,14 +52,14 @@ class Model:
         return self.step_s(nodes) / ideal - 1.0
 
 
-def project(study: Scaling, nodes: Sequence[int], *, with_changes: bool) -> dict[str, Any]:
-    """The content of projection.json. Raises ConfigError for a study of too few sizes."""
-    check_enough(study)
+def project(study: Scaling, nodes: Sequence[int], *, with_changes: bool, known: AllReduce | None = None) -> dict[str, Any]:
+    """The content of projection.json; `known` is a communication study of the same links. Raises ConfigError for a study of too few sizes."""
+    check_enough(study, known)
     sizes = measured_steps.sizes_of(study, measured_steps.all_steps(study))
-    model, held_out = _model(study, sizes), sizes[-1]
-    predicted_s = _model(study, sizes[:-1]).step_s(held_out.nodes)
+    model, held_out = _model(study, sizes, known), sizes[-1]
+    predicted_s = _model(study, sizes[:-1], known).step_s(held_out.nodes)
     error = predicted_s / held_out.step_s - 1.0
-    samples = _bootstrap(study)
+    samples = _bootstrap(study, known)
     fabric = model.fitted.fabric(study.ranks_per_node)
     return {
         "basis": "measured",
@@ -67,40 +68,44 @@ def project(study: Scaling, nodes: Sequence[int], *, with_changes: bool) -> dict
         "algorithm": model.fitted.algorithm,
         "fit": _fit_facts(model),
         "hold_out": {"nodes": held_out.nodes, "predicted_s": predicted_s, "measured_s": held_out.step_s, "error": error},
-        "assumptions": _assumptions(study, sizes),
+        "assumptions": _assumptions(study, sizes, known),
         "warnings": _warnings(model),
         "points": [_point(model, samples, error, number) for number in nodes],
         "what_if": what_if.rows(model.work_at(nodes[-1]), model.manner, fabric, nodes[-1], model.fitted.spread) if with_changes else [],
     }
 
 
-def check_enough(study: Scaling) -> None:
+def check_enough(study: Scaling, known: AllReduce | None) -> None:
     """Raises ConfigError that says which sizes are missing."""
-    counts, needed = study.node_counts, 1 + fitting.FEWEST_SIZES + 1
-    lacks = (["1 node, which overhead is relative to"] if counts[0] != 1 else []) + (
-        [f"at least {needed} sizes: 1 node, {fitting.FEWEST_SIZES} to fit latency and bandwidth of the links, and the largest, which checks the fit"]
-        if len(counts) < needed
-        else []
-    )
+    counts, to_fit = study.node_counts, 1 if known else fitting.FEWEST_SIZES
+    what = "one to find how loaded the links are" if known else f"{to_fit} to fit latency and bandwidth of the links"
+    lacks = ["1 node, which overhead is relative to"] if counts[0] != 1 else []
+    if len(counts) < 1 + to_fit + 1:
+        lacks.append(f"at least {1 + to_fit + 1} sizes: 1 node, {what}, and the largest, which checks the fit")
     if lacks:
+        fewer = "" if known else " (a communication study of the same machine, --comm DIR, makes it one size fewer)"
         raise ConfigError(
             f"the study has {len(counts)} {'size' if len(counts) == 1 else 'sizes'} ({', '.join(map(str, counts))} nodes), too few to project from: it needs "
-            f"{' and '.join(lacks)}. For example: prottrans scale {study.recipe} --machine {study.machine} --nodes 1,2,4,8 --out DIR"
+            f"{' and '.join(lacks)}{fewer}. For example: prottrans scale {study.recipe} --machine {study.machine} --nodes 1,2,4,8 --out DIR"
         )
 
 
-def _model(study: Scaling, sizes: Sequence[Size]) -> Model:
-    back_end = "horovod" if study.comm == "horovod" else "nccl" if study.peak_tflops_rank else "gloo"
-    candidates = fitting.CANDIDATES[back_end]
+def back_end(study: Scaling) -> str:
+    """What reduced the gradients: Horovod, or torch's, which is NCCL where ranks have GPUs, whose peak a profile must state."""
+    return "horovod" if study.comm == "horovod" else "nccl" if study.peak_tflops_rank else "gloo"
+
+
+def _model(study: Scaling, sizes: Sequence[Size], known: AllReduce | None) -> Model:
+    candidates = fitting.CANDIDATES[back_end(study)]
     manner = Manner(float(study.bucket_mib * MIB), candidates[0])
-    fitted = fitting.fit(sizes, manner, study.ranks_per_node, candidates)
+    fitted = fitting.fit(sizes, manner, study.ranks_per_node, candidates, known)
     return Model(study, sizes, replace(manner, algorithm=fitted.algorithm), fitted)
 
 
-def _bootstrap(study: Scaling) -> list[Model]:
+def _bootstrap(study: Scaling, known: AllReduce | None) -> list[Model]:
     """Models of samples of the study's points and steps; the algorithm is chosen anew in each."""
     generator = np.random.default_rng(0)
-    return [_model(study, measured_steps.sizes_of(study, measured_steps.drawn_steps(study, generator))) for _ in range(_NUM_SAMPLES)]
+    return [_model(study, measured_steps.sizes_of(study, measured_steps.drawn_steps(study, generator)), known) for _ in range(_NUM_SAMPLES)]
 
 
 def _point(model: Model, samples: Sequence[Model], error: float, nodes: int) -> dict[str, Any]:
@@ -152,12 +157,13 @@ def _fit_facts(model: Model) -> dict[str, Any]:
     }
 
 
-def _assumptions(study: Scaling, sizes: Sequence[Size]) -> list[str]:
+def _assumptions(study: Scaling, sizes: Sequence[Size], known: AllReduce | None) -> list[str]:
     work = "shrinks as the nodes' share of the batch" if study.mode == "strong" else f"stays that of {sizes[-1].nodes} nodes"
     return [
         f"a node's own work {work}; node times vary independently, none is always slow",
         "gradients become ready evenly over the backward pass of one micro batch a step, and sending them does not slow it",
         "links, their load and the reduction's algorithm stay as they were; within a node nothing is counted",
+        *([f"latency and bandwidth are in the ratio that {known.backend}'s all-reduce showed on {known.nodes} nodes"] if known else []),
         f"the range: 95 % of {_NUM_SAMPLES} bootstrap samples over points and steps, widened by the error of the size left out",
     ]
 

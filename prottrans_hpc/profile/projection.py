@@ -15,7 +15,7 @@ from typing import Any
 
 from .. import durable
 from ..stage import Request
-from . import assumed, measured, projection_text
+from . import assumed, known_links, measured, projection_text
 from .scaling import read_scaling
 
 FORMAT = 1
@@ -36,4 +36,6 @@ def project(request: Request) -> None:
 def _work_out(request: Request) -> dict[str, Any]:
     if "assumed" in request:
         return assumed.project(request["assumed"], request["nodes"], with_changes=request["what_if"])
-    return measured.project(read_scaling(Path(request["source"])), request["nodes"], with_changes=request["what_if"])
+    study = read_scaling(Path(request["source"]))
+    known = known_links.read_all_reduce(Path(request["comm"]), measured.back_end(study)) if request["comm"] else None
+    return measured.project(study, request["nodes"], with_changes=request["what_if"], known=known)

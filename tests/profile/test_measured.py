@@ -5,15 +5,17 @@ The points are drawn from stated links, stragglers and noise, bucket by bucket: 
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 
-from prottrans_hpc.errors import ConfigError
+from prottrans_hpc.errors import CheckpointError, ConfigError, DataError
 from prottrans_hpc.profile import measured
-from prottrans_hpc.profile.collectives import Fabric, Wire
+from prottrans_hpc.profile.collectives import Fabric, Wire, ring
 from prottrans_hpc.profile.cost_model import MIB, Manner, Work, reduction
+from prottrans_hpc.profile.known_links import AllReduce, read_all_reduce
 from prottrans_hpc.profile.scaling import Ledger, NodeShare, Point, Scaling
 
 _WORK, _LINK = Work(0.20, 0.40, 0.03, 200 * MIB), Wire(4e-3, 0.9e9)
@@ -165,3 +167,46 @@ def test_what_if_changes_one_thing_at_a_time():
     assert by_change["buckets of 5 MiB"]["exposed_comm_s"] > rows[0]["exposed_comm_s"], "more messages of a slow link"
     assert not any("hierarchical" in change for change in by_change), "with one rank a node it is the flat one"
     assert by_change["4 times the micro batches a step"]["overhead"] < rows[0]["overhead"]
+
+
+def communication_study(**changes) -> dict:
+    """What `prottrans comm` would have written of the same links on two nodes, twice as fast as they are in training."""
+    fast, fabric = Wire(_LINK.latency_s / 2, _LINK.bytes_per_s * 2), Fabric(1, Wire(0.0, 1.0))
+    seconds_a_byte = float(ring(1.0, 2, fabric)) / fast.bytes_per_s
+    line = {"backend": "gloo", "collective": "all_reduce", "scope": "world", "latency_s": 2 * fast.latency_s, "bytes_per_s": 1 / seconds_a_byte, "r2": 1.0}
+    return {"format": 1, "nodes": 2, "ranks": 2, "ranks_per_node": 1, "fits": [line]} | changes
+
+
+def test_a_communication_study_stands_in_for_a_size(tmp_path):
+    (tmp_path / "comm.json").write_text(json.dumps(communication_study()))
+    known = read_all_reduce(tmp_path, "gloo")
+    assert known.link("ring").latency_s == pytest.approx(_LINK.latency_s / 2)
+    assert known.link("ring").bytes_per_s == pytest.approx(_LINK.bytes_per_s * 2)
+    projection = measured.project(study(WORLD, (1, 2, 4)), [16], with_changes=False, known=known)
+    assert projection["fit"]["latency_s"] == pytest.approx(_LINK.latency_s, rel=0.1)
+    assert projection["fit"]["bytes_per_s"] == pytest.approx(_LINK.bytes_per_s, rel=0.1)
+    assert projection["points"][0]["step_s"] == pytest.approx(WORLD.step_s(16), rel=0.06)
+
+
+def test_links_whose_bandwidth_left_no_trace_cost_their_latency_alone():
+    assert AllReduce("gloo", 2, 1, 1e-3, float("inf")).link("ring") == Wire(5e-4, float("inf"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "said"),
+    [
+        ({"nodes": 1}, ConfigError, "says nothing of the links between nodes"),
+        ({"fits": []}, ConfigError, "no all-reduce of gloo"),
+        ({"format": 2}, DataError, "format 1"),
+        ({"fits": [{"backend": "gloo"}]}, DataError, "collective"),
+    ],
+)
+def test_a_communication_study_that_cannot_help_is_refused(tmp_path, changes, error, said):
+    (tmp_path / "comm.json").write_text(json.dumps(communication_study(**changes)))
+    with pytest.raises(error, match=said):
+        read_all_reduce(tmp_path, "gloo")
+
+
+def test_a_missing_communication_study_names_the_command(tmp_path):
+    with pytest.raises(CheckpointError, match="prottrans comm"):
+        read_all_reduce(tmp_path, "gloo")

@@ -14,6 +14,7 @@ from ..options import as_json, examples, path_option, run_here, settings, verbos
 _EXAMPLES = examples(
     "prottrans project-scaling studies/prot_bert --nodes 936",
     "prottrans project-scaling studies/prot_bert --nodes 16,64,936 --what-if",
+    "prottrans project-scaling studies/prot_bert --comm studies/links --nodes 936",
     "prottrans project-scaling prot_bert --machine summit --nodes 1,2,4,18,936",
     "prottrans project-scaling prot_txl --machine summit --nodes 936 --json",
 )
@@ -30,6 +31,7 @@ def _as_sizes(ctx: click.Context, param: click.Parameter, value: str) -> tuple[i
 @click.argument("source", metavar="DIR|RECIPE")
 @click.option("--nodes", metavar="N,N...", required=True, callback=_as_sizes, help="Numbers of nodes to predict.")
 @click.option("--machine", metavar="NAME", help="Without measurements: RECIPE on this machine, from the numbers in its profile.")
+@path_option("--comm", metavar="DIR", help="A study of `prottrans comm` on the same machine: the links are taken from it, and one size fewer is needed.")
 @click.option("--what-if", is_flag=True, help="Also: other buckets, 16-bit gradients, accumulation, another reduction, at the largest size.")
 @click.option(
     "--utilisation",
@@ -47,6 +49,7 @@ def project_scaling(
     source: str,
     nodes: tuple[int, ...],
     machine: str | None,
+    comm: Path | None,
     what_if: bool,
     utilisation: float,
     out: Path | None,
@@ -59,12 +62,15 @@ def project_scaling(
     stragglers is fitted to it, checked by leaving out the largest size, and its error is stated. With --machine a RECIPE is projected
     without any measurement, from assumed numbers, which are printed.
     """
-    request = {"source": source, "nodes": list(nodes), "what_if": what_if, "json": as_json, "out": str(out) if out else None}
+    paths = {"out": str(out) if out else None, "comm": str(comm) if comm else None}
+    request = {"source": source, "nodes": list(nodes), "what_if": what_if, "json": as_json, **paths}
     if machine is None:
         if settings:
             raise ConfigError("--set changes a recipe, and a measured study has its own: give --machine too, or leave --set out")
         run_here("project-scaling", request)
         return
+    if comm is not None:
+        raise ConfigError("--comm goes with a measured study; with --machine the links are those of the profile")
     from ...machine import read_machine
     from ...recipe import read_recipe
     from .. import assumed_scaling, checks
