@@ -53,7 +53,6 @@ STAGES = {
     "corpus-check": "prottrans_hpc.corpus.stage:check",
     "pretrain": "prottrans_hpc.train.stage:pretrain",
     "lr-range": "prottrans_hpc.train.lr_range:report",
-    "comm": "prottrans_hpc.profile.comm_stage:study",
     "project-scaling": "prottrans_hpc.profile.projection:project",
     "embed": "prottrans_hpc.embed.stage:embed",
     "embed-item": "prottrans_hpc.embed.farm:run_item",
