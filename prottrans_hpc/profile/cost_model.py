@@ -85,13 +85,15 @@ def reduction(work: Work, manner: Manner, fabric: Fabric, num_nodes: int) -> tup
     if num_nodes * fabric.ranks_per_node == 1:
         return 0.0, 0.0
     sizes = bucket_sizes(work.gradient_bytes, manner.bucket_bytes)
-    overlapping_s = work.backward_s / manner.micro_batches
-    ready = np.cumsum(sizes) / work.gradient_bytes * overlapping_s
+    overlapping_s, num_full = work.backward_s / manner.micro_batches, len(sizes) - 1
     cost, last = (ALGORITHMS[manner.algorithm](size * manner.sent_fraction, num_nodes, fabric) for size in (sizes[0], sizes[-1]))
-    # All buckets but the last are alike: from bucket k on there are so many of them, and the last.
-    following = np.arange(len(sizes) - 1, -1, -1)
-    ends = ready + following * np.expand_dims(cost, -1) + np.expand_dims(last, -1)
-    return (len(sizes) - 1) * cost + last, ends.max(axis=-1) - overlapping_s
+    total = num_full * cost + last
+    if not num_full:
+        return total, total
+    # All buckets but the last are alike, so both grow evenly with k, and the latest end is with the first, the last but one or the last.
+    first_s = sizes[0] / work.gradient_bytes * overlapping_s
+    ends = (first_s + total, num_full * first_s + cost + last, overlapping_s + last)
+    return total, np.maximum(np.maximum(ends[0], ends[1]), ends[2]) - overlapping_s
 
 
 def predict(work: Work, manner: Manner, fabric: Fabric, num_nodes: int, spread: Spread = NONE) -> Step:
