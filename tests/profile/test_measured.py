@@ -34,14 +34,21 @@ class World:
     """Of every part, as a share."""
     sharing: float = 0.0
     """By how much more a node's own work takes on each further node."""
+    mode: str = "weak"
+
+    def passes(self, nodes: int) -> float:
+        """How much of the two passes a node has to do."""
+        return 1 / nodes if self.mode == "strong" else 1 + self.sharing * (nodes - 1)
 
     def exposed_s(self, nodes: int) -> float:
         """What reductions really add."""
-        return float(reduction(self.work, Manner(self.bucket_mib * MIB, "ring"), Fabric(1, self.link), nodes)[1])
+        work = replace(self.work, backward_s=self.passes(nodes) * self.work.backward_s)
+        return float(reduction(work, Manner(self.bucket_mib * MIB, "ring"), Fabric(1, self.link), nodes)[1])
 
     def step_s(self, nodes: int) -> float:
         """Mean of a step."""
-        return self.work.local_s * (1 + self.sharing * (nodes - 1)) + self.exposed_s(nodes) + self.jitter_s * float(np.log(nodes))
+        own = self.passes(nodes) * (self.work.forward_s + self.work.backward_s) + self.work.other_s
+        return own + self.exposed_s(nodes) + self.jitter_s * float(np.log(nodes))
 
 
 def study(world: World, sizes: tuple[int, ...] = (1, 2, 4, 8), *, steps: int = 40, repetitions: int = 3, seed: int = 0) -> Scaling:
@@ -51,14 +58,14 @@ def study(world: World, sizes: tuple[int, ...] = (1, 2, 4, 8), *, steps: int = 4
     return Scaling(
         recipe="tiny_prot_bert",
         machine="laptop",
-        mode="weak",
+        mode=world.mode,
         comm="torch",
         precision="fp32",
         parameters=50 * MIB,
         gradient_bytes=int(world.work.gradient_bytes),
         bucket_mib=world.bucket_mib,
         ranks_per_node=1,
-        residues_per_node_step=1000.0,
+        residues_per_node_step=1000.0 if world.mode == "weak" else None,
         peak_tflops_rank=None,
         hardware={},
         versions={},
@@ -70,15 +77,14 @@ def _point(world: World, nodes: int, repetition: int, steps: int, generator: np.
     def noisy(value: float) -> np.ndarray:
         return value * (1.0 + world.noise * generator.standard_normal(steps))
 
-    grown = 1 + world.sharing * (nodes - 1)
     nodes_times = generator.gumbel(0.0, world.jitter_s, (steps, nodes))
     slowest = nodes_times.max(axis=1)
     parts = {
         "data_wait_s": noisy(0.001),
-        "forward_s": noisy(grown * world.work.forward_s),
-        "backward_s": noisy(grown * world.work.backward_s),
+        "forward_s": noisy(world.passes(nodes) * world.work.forward_s),
+        "backward_s": noisy(world.passes(nodes) * world.work.backward_s),
         "exposed_comm_s": noisy(world.exposed_s(nodes)) + slowest - nodes_times.mean(axis=1),
-        "optimizer_s": noisy(grown * world.work.other_s - 0.001),
+        "optimizer_s": noisy(world.work.other_s - 0.001),
         "checkpoint_s": np.where(np.arange(steps) % 10 == 0, 0.05, 0.0),
         "other_s": np.zeros(steps),
     }
@@ -156,6 +162,13 @@ def test_links_that_left_no_trace_are_warned_of():
 def test_nodes_that_share_cores_are_warned_of():
     warnings = measured.project(study(replace(WORLD, sharing=0.3)), [16], with_changes=False)["warnings"]
     assert any("longer on 8 nodes than on one" in line for line in warnings)
+
+
+def test_a_strong_study_has_less_to_do_on_each_node_and_more_overhead():
+    world = replace(WORLD, mode="strong", link=Wire(1e-3, 4e9))
+    point = measured.project(study(world), [16], with_changes=False)["points"][0]
+    assert point["step_s"] == pytest.approx(world.step_s(16), rel=0.06)
+    assert point["overhead"] == pytest.approx(16 * point["step_s"] / world.step_s(1) - 1, rel=0.02)
 
 
 def test_what_if_changes_one_thing_at_a_time():
