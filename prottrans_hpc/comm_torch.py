@@ -26,6 +26,7 @@ from .comm import Json, ParallelModel, check_same, decode, encode, parameter_dig
 from .errors import RankLostError
 from .rank import RankContext
 from .recipe_parallel import Parallel
+from .whereabouts import inside
 
 
 def open_torch(parallel: Parallel, context: RankContext, *, run_dir: Path | None, device: torch.device) -> "TorchComm":
@@ -36,6 +37,7 @@ def open_torch(parallel: Parallel, context: RankContext, *, run_dir: Path | None
     if device.type == "cuda":
         torch.cuda.set_device(device)
     comm = TorchComm(context, device, parallel.timeout_s, store, settings=parallel)
+    _keep_flight_records(run_dir)
     with comm.watching("the first meeting"):
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
@@ -49,6 +51,14 @@ def open_torch(parallel: Parallel, context: RankContext, *, run_dir: Path | None
         comm.hosts = [str(place[0]) for place in places]
         comm.nodes = comm_reduction.node_members([place[1:] for place in places])
     return comm
+
+
+def _keep_flight_records(run_dir: Path | None) -> None:
+    """Have torch remember its last collectives, which the watchdog shows, and NCCL write them down itself when one times out."""
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "200")
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+    if run_dir is not None:
+        os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(run_dir / "logs" / "collectives-rank-"))
 
 
 def _use_loopback() -> None:
@@ -151,10 +161,11 @@ class TorchComm:
             dist.destroy_process_group()
 
     @contextlib.contextmanager
-    def watching(self, what: str) -> Iterator[None]:
+    def watching(self, what: str, *, waits: bool = True) -> Iterator[None]:
         """Turn what gloo, NCCL and the store raise when a peer is gone or silent into RankLostError."""
         try:
-            yield
+            with inside(what, waits=waits):
+                yield
         except (RuntimeError, OSError) as error:
             if not is_lost_peer(error):
                 raise
@@ -257,7 +268,7 @@ class TorchModel:
 
     def backward(self, loss: Tensor) -> None:
         """`loss.backward()`; outside `no_sync` each bucket is on its way as soon as it is full."""
-        with self._comm.watching("the start of the reduction of the gradients"):
+        with self._comm.watching("the start of the reduction of the gradients", waits=False):
             loss.backward()  # type: ignore[no-untyped-call]
 
     def finish_gradients(self) -> None:

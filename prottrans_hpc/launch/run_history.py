@@ -210,6 +210,10 @@ def _recovered(rows: list[Start], event: Record) -> None:
     )
 
 
+def _hang(rows: list[Start], event: Record) -> None:
+    _open_row(rows).notes.append(f"hang: {event.get('what')}")
+
+
 def _note(rows: list[Start], event: Record) -> None:
     known = ("time", "event", "job_id", "restart")
     details = ", ".join(f"{key} {value}" for key, value in event.items() if key not in known and value not in (None, "", []))
@@ -228,6 +232,7 @@ _TELLERS = {
     "went back": _went_back,
     "slow node": _slow_node,
     "node recovered": _recovered,
+    "hang": _hang,
     "taken_over": _taken_over,
     **dict.fromkeys(("refused", "requeued", "cancelled", "cancelled_rest"), _note),
 }

@@ -1,21 +1,30 @@
-"""What the loop asks of the watch over nodes and ranks: who is where, and who is slow."""
+"""What the loop asks of the watch over nodes and ranks: who is where, who is slow, and who hangs."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
+from collections.abc import Iterator
 
 from ..rank import RankContext
 from .session import Session
 from .stragglers import Place, Stragglers, Verdict
+from .watchdog import Watchdog, limits
 
 _log = logging.getLogger(__name__)
 
 
-def know_places(session: Session, context: RankContext) -> None:
-    """From here on slow nodes can be named. Collective."""
-    told = session.comm.all_gather_object([context.hostname, context.node_rank])
-    places = [Place(str(host), int(node)) for host, node in told]
-    session.stragglers = Stragglers(session.run.recipe.health, places, context.rank)
+@contextlib.contextmanager
+def watched(session: Session, context: RankContext, *, start_id: str) -> Iterator[None]:
+    """In here slow nodes and ranks that hang are named. Entering is collective."""
+    told = session.comm.all_gather_object([context.hostname, context.node_rank, os.getpid()])
+    places = [Place(str(host), int(node), int(pid)) for host, node, pid in told]
+    recipe = session.run.recipe
+    session.stragglers = Stragglers(recipe.health, places, context.rank)
+    when = limits(recipe.parallel.timeout_s, recipe.health.hang_fraction)
+    with Watchdog(session.run_dir, places, context.rank, start_id=start_id, limits=when):
+        yield
 
 
 def tell_slow_nodes(session: Session, *, step: int) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from .. import whereabouts
 from ..errors import NumericsError, RequeueRequested
 from . import health, preemption, resume, retention
 from .loader import LoadedStep, Loader
@@ -44,17 +45,20 @@ def train(session: Session) -> None:
             ending = _take_steps(session, loader, validator)
         if ending not in _WAYS_BACK:
             break
-        _WAYS_BACK[ending](session)
-    session.saver.drain()
+        with whereabouts.patiently("going back to a checkpoint"):
+            _WAYS_BACK[ending](session)
+    with whereabouts.patiently("the last save"):
+        session.saver.drain()
     if ending is Ending.STOP_REQUESTED:
         raise RequeueRequested(_stop_message(session))
 
 
 def _take_steps(session: Session, loader: Loader, validator: Validator) -> Ending:
-    skipped_in_a_row, clock, last_step = 0, Clock(), session.run.last_step
+    skipped_in_a_row, clock, first_step, last_step = 0, Clock(), session.progress.step, session.run.last_step
     session.timing.begin()
     for loaded in session.timing.waits_for(loader):
         _enter_phase(session, loaded)
+        whereabouts.step_begins(loaded.step + 1, is_first=loaded.step == first_step)
         result = take_step(session, loaded)
         clock.step_taken(data_wait_s=loader.wait_s)
         health.tell_slow_nodes(session, step=loaded.step + 1)
@@ -107,7 +111,8 @@ def _save_is_due(session: Session) -> bool:
 def _stage(session: Session) -> float:
     """Copy the state aside; returns for how many seconds this held training up."""
     began = time.perf_counter()
-    session.saver.stage(session.progress.step, resume.training_state(session), resume.tensors_of(session), resume.memory_of(session))
+    with whereabouts.patiently("copying the checkpoint aside"):
+        session.saver.stage(session.progress.step, resume.training_state(session), resume.tensors_of(session), resume.memory_of(session))
     session.last_saved = session.progress.step
     return time.perf_counter() - began
 

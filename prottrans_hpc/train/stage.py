@@ -55,7 +55,6 @@ def _go_on(session: Session, *, start_id: str, context: RankContext) -> None:
     """From the newest checkpoint, or the beginning, to the last step."""
     run, comm = session.run, session.comm
     resumed_from = resume.restore(session)
-    health.know_places(session, context)
     if session.records is not None:
         session.records.event(
             "start",
@@ -79,7 +78,8 @@ def _go_on(session: Session, *, start_id: str, context: RankContext) -> None:
         comm.world_size,
         comm.name,
     )
-    _run(session)
+    with health.watched(session, context, start_id=start_id):
+        _run(session)
 
 
 def _run(session: Session) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import whereabouts
 from ..architecture import Batch, LossSum
 from . import preemption
 from .loader import LoadedStep
@@ -124,6 +125,7 @@ def _one(session: Session, batch: Batch, sums: Tensor, multiplier: float, index:
         session.model.backward(result.loss if multiplier == 1.0 else result.loss * multiplier)
     sums += counted(result)
     session.memory.take(index, result.memory)
+    whereabouts.moved()
     loss: Tensor = result.loss.detach().double()
     return loss
 

@@ -26,6 +26,7 @@ class Place:
 
     host: str
     node: int
+    pid: int = 0
 
 
 @dataclass(frozen=True)

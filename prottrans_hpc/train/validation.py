@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from .. import whereabouts
 from ..architecture import Batch
 from .loader import validation_batches
 from .session import Session
@@ -35,6 +36,10 @@ class Validator:
     @torch.no_grad()
     def measure(self) -> dict[str, Any]:
         """Measure and record. Collective."""
+        with whereabouts.patiently("validation"):
+            return self._measure()
+
+    def _measure(self) -> dict[str, Any]:
         began, session = time.perf_counter(), self._session
         session.module.eval()
         sums = torch.zeros(3 + len(session.record.loss_parts), dtype=torch.float64, device=session.comm.device)

@@ -80,6 +80,12 @@ def test_a_deaf_rank_is_killed_after_the_grace() -> None:
     assert not Path(f"/proc/{int(out)}").exists()
 
 
+def test_a_rank_that_hangs_while_another_gives_up_is_ended_and_is_no_failure() -> None:
+    script = 'if [ "$PROTTRANS_RANK" = 1 ]; then exit 75; fi; kill -STOP $$'
+    process = start("--nodes", "2", "--ranks-per-node", "1", "--grace-s", "0.1", "--", "bash", "-c", script)
+    assert process.wait(60) == 75
+
+
 def test_a_command_that_is_not_there_is_an_error_of_the_starter() -> None:
     process = start("--nodes", "2", "--ranks-per-node", "1", "--", "/nonexistent/command")
     _, err = process.communicate(timeout=60)
