@@ -2,54 +2,28 @@
 
 from __future__ import annotations
 
-import copy
 import gc
-import threading
 import weakref
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from prottrans_hpc.memory import keeping
-from prottrans_hpc.memory.lms import LargeModelSupport
-from prottrans_hpc.memory.narrowing import narrowing
+from prottrans_hpc.memory import lms as module
+from prottrans_hpc.profile.storage_tracker import StorageTracker
 
 KIB = 1024
 
 
-def support(limit_bytes: int = 0, **settings: Any) -> LargeModelSupport:
-    return LargeModelSupport(limit_bytes, **{"size_bytes": 1, "device_type": "cpu", **settings})
-
-
-def transformer(dropout: float = 0.1) -> nn.Module:
-    torch.manual_seed(1)
-    layer = nn.TransformerEncoderLayer(32, 4, 64, dropout=dropout, batch_first=True)
-    return nn.TransformerEncoder(layer, num_layers=3, enable_nested_tensor=False).train()
-
-
-def gradients(model: nn.Module, run: Callable[[Tensor], Tensor]) -> list[Tensor]:
-    torch.manual_seed(2)
-    model.zero_grad()
-    run(torch.ones(4, 16, 32)).square().sum().backward()
-    return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
-
-
-def assert_nothing_is_left(lms: LargeModelSupport) -> None:
-    gc.collect()
-    counts = lms.counts()
-    assert (counts.on_device.bytes["all"].current, counts.on_host.bytes["all"].current, counts.pinned.bytes["all"].current) == (0, 0, 0)
-    assert lms.pool.bytes_in_use == 0
-    assert len(lms._catalogue) == 0
-    assert all(not device.movable and not device.spent for device in lms._devices.values())
+KIB = 1024
 
 
 @pytest.mark.parametrize("ahead", [0, 20 * KIB, 1 << 30])
 @pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
-def test_a_foreign_model_has_equal_gradients_and_what_exceeds_the_limit_travels_once(share: float, ahead: int) -> None:
+def test_a_foreign_model_has_equal_gradients_and_what_exceeds_the_limit_travels_once(
+    share: float, ahead: int, support: Any, transformer: Any, gradients: Any, assert_nothing_is_left: Any
+) -> None:
     model = transformer()
     expected = gradients(model, model)
     everything = support(1 << 40)
@@ -89,10 +63,8 @@ class Journal:
         pass
 
 
-def test_those_saved_first_are_moved_and_they_come_back_last(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_those_saved_first_are_moved_and_they_come_back_last(monkeypatch: pytest.MonkeyPatch, support: Any, assert_nothing_is_left: Any) -> None:
     journals: list[Journal] = []
-    from prottrans_hpc.memory import lms as module
-
     plain = module.DirectTransfer
     monkeypatch.setattr(module, "DirectTransfer", lambda: journals.append(Journal(plain())) or journals[-1])
     lms, weight = support(3 * 4 * KIB, ahead_bytes=0), torch.ones((), requires_grad=True)
@@ -125,7 +97,7 @@ class Keep(torch.autograd.Function):
         return torch.zeros_like(ctx.saved_tensors[0]), *[None] * (len(ctx.saved_tensors) - 1)
 
 
-def test_tensors_of_one_storage_travel_together_and_come_back_as_views_of_one() -> None:
+def test_tensors_of_one_storage_travel_together_and_come_back_as_views_of_one(support: Any, assert_nothing_is_left: Any) -> None:
     Keep.seen.clear()
     lms, source = support(), torch.arange(96.0, requires_grad=True)
     with lms:
@@ -148,7 +120,7 @@ def test_tensors_of_one_storage_travel_together_and_come_back_as_views_of_one() 
     assert_nothing_is_left(lms)
 
 
-def test_parameters_their_views_small_and_unusual_tensors_stay() -> None:
+def test_parameters_their_views_small_and_unusual_tensors_stay(support: Any, assert_nothing_is_left: Any) -> None:
     module, bare = nn.Linear(64, 64), torch.ones(64, 64)
     lms = support(size_bytes=4 * 64 * 8, parameters=[bare])
     rows = torch.ones(4, 64, requires_grad=True)
@@ -162,7 +134,7 @@ def test_parameters_their_views_small_and_unusual_tensors_stay() -> None:
 
 
 @pytest.mark.parametrize("limit", [0, 1 << 30])
-def test_what_is_changed_in_place_is_found_as_autograd_finds_it(limit: int) -> None:
+def test_what_is_changed_in_place_is_found_as_autograd_finds_it(limit: int, support: Any, assert_nothing_is_left: Any) -> None:
     def changed(x: Tensor, *, before: bool) -> Tensor:
         y = x * 1
         view = y[2:]
@@ -190,7 +162,7 @@ def test_what_is_changed_in_place_is_found_as_autograd_finds_it(limit: int) -> N
     assert_nothing_is_left(lms)
 
 
-def test_a_storage_that_was_changed_between_two_savings_is_two() -> None:
+def test_a_storage_that_was_changed_between_two_savings_is_two(support: Any) -> None:
     lms, source = support(), torch.ones(64, requires_grad=True)
     with lms:
         noise = torch.full((64,), 3.0)
@@ -207,7 +179,7 @@ def test_a_storage_that_was_changed_between_two_savings_is_two() -> None:
     assert torch.equal(source.grad, torch.full((64,), 6.0))
 
 
-def test_nothing_is_kept_alive() -> None:
+def test_nothing_is_kept_alive(support: Any, assert_nothing_is_left: Any) -> None:
     lms, source = support(), torch.ones(KIB, requires_grad=True)
     with lms:
         inner = source.sin()
@@ -224,7 +196,7 @@ def test_nothing_is_kept_alive() -> None:
     assert handle() is None
 
 
-def test_blocks_are_used_again_in_the_next_step() -> None:
+def test_blocks_are_used_again_in_the_next_step(support: Any, transformer: Any, gradients: Any) -> None:
     model, lms = transformer(), support(10 * KIB)
     gradients(model, lms(model))
     first = lms.pool.bytes_in_all
@@ -235,142 +207,14 @@ def test_blocks_are_used_again_in_the_next_step() -> None:
     assert lms.pool.bytes_in_all == 0
 
 
-def test_an_error_in_either_pass_leaves_nothing_behind() -> None:
-    class Fails(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, x: Tensor) -> Tensor:
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx: Any, *gradient: Tensor) -> Tensor:
-            raise ValueError("backward on purpose")
-
-    model, lms, rows = transformer(), support(8 * KIB, ahead_bytes=8 * KIB), torch.ones(2, 16, 32)
-    with pytest.raises(ValueError, match="forward on purpose"), lms, lms:
-        model(rows)
-        raise ValueError("forward on purpose")
-    assert lms._of_thread.entered == []
-    with lms:
-        loss = model(Fails.apply(rows * torch.ones(32, requires_grad=True))).sum()
-    with pytest.raises(ValueError, match="backward on purpose"):
-        loss.backward()
-    del loss
-    assert_nothing_is_left(lms)
-    before = lms.counts().on_device.number["all"].allocated
-    model(rows).sum().backward()
-    assert lms.counts().on_device.number["all"].allocated == before, "it is no longer in force"
-
-
-@pytest.mark.parametrize("limit", [0, 30 * KIB])
-def test_a_backward_pass_may_run_again_under_the_same_limit(limit: int) -> None:
-    model = transformer()
-    expected = gradients(model, model)
-    lms = support(limit, ahead_bytes=0)
-    torch.manual_seed(2)
-    model.zero_grad()
-    with lms:
-        loss = model(torch.ones(4, 16, 32)).square().sum()
-    for _ in range(3):
-        model.zero_grad()
-        loss.backward(retain_graph=True)
-        assert all(torch.equal(parameter.grad, other) for parameter, other in zip(model.parameters(), expected, strict=True))
-    assert lms.counts().on_device.bytes["all"].peak <= limit + 3 * 4 * 16 * 64 * 4
-    del loss
-    assert_nothing_is_left(lms)
-
-
-def test_a_gradient_of_a_gradient() -> None:
-    source, found = torch.linspace(0, 1, 64, requires_grad=True), []
-    for lms in (None, support()):
-        with lms or torch.enable_grad():
-            (first,) = torch.autograd.grad((source.sin() * source.exp()).sum(), source, create_graph=True)
-            found.append(torch.autograd.grad(first.square().sum(), source)[0])
-    assert torch.equal(found[0], found[1])
-
-
-def test_with_recomputed_layers_and_in_bf16() -> None:
-    """What recomputed layers keep on purpose travels, too."""
-    model = transformer(dropout=0.0)
-    layers = list(model.layers)  # type: ignore[arg-type] # of torch
-
-    def recomputing(policy: str | None, rows: Tensor) -> Tensor:
-        for layer in layers:
-            if policy is None:
-                rows = checkpoint(layer, rows, use_reentrant=False)
-            else:
-                with keeping.keeping(policy):
-                    rows = keeping.recompute(layer, rows)
-        return rows
-
-    expected = gradients(model, model)
-    moved = {}
-    for policy in (None, "attention", "attention_and_half"):
-        lms = support()
-        found = gradients(model, lms(lambda rows, policy=policy: recomputing(policy, rows)))
-        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
-        moved[policy] = lms.counts().reclaimed_bytes
-        assert_nothing_is_left(lms)
-    assert moved[None] < moved["attention"] < moved["attention_and_half"]
-
-    from prottrans_hpc.memory.hooks import applied
-
-    whole, half = support(), support()
-    gradients(model, whole(model))
-    with applied(narrowing(smallest_bytes=1, inner=half.hooks)):
-        torch.manual_seed(2)
-        loss = model(torch.ones(4, 16, 32)).square().sum()
-    model.zero_grad()
-    loss.backward()
-    del loss
-    assert half.counts().reclaimed_bytes == pytest.approx(0.5 * whole.counts().reclaimed_bytes, rel=0.05)
-    assert_nothing_is_left(half)
-
-
-def test_threads_share_one_limit_and_do_not_see_one_another() -> None:
-    lms, errors = support(20 * KIB, ahead_bytes=10 * KIB), list[str]()
-    models = [transformer() for _ in range(4)]
-    expected = [gradients(copy.deepcopy(model).eval(), model.eval()) for model in models]
-
-    def work(number: int) -> None:
-        for _ in range(3):
-            model = models[number]
-            model.zero_grad()
-            with lms:
-                loss = model(torch.ones(4, 16, 32)).square().sum()
-            passes = [threading.Thread(target=loss.backward)]  # a backward pass on another thread than its forward pass
-            del loss
-            for one in passes:
-                one.start()
-            for one in passes:
-                one.join()
-            passes.clear()
-            del one
-            if not all(torch.equal(parameter.grad, other) for parameter, other in zip(model.parameters(), expected[number], strict=True)):
-                errors.append(f"other gradients in thread {number}")
-
-    for model in models:
-        gradients(model, model)
-    expected = [[parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None] for model in models]
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert errors == []
-    assert lms.counts().reclaimed > 0
-    assert_nothing_is_left(lms)
-
-
-def test_everything_that_may_be_moved_goes_on_request() -> None:
-    model, lms = transformer(), support(1 << 30)
-    torch.manual_seed(2)
-    with lms:
-        loss = model(torch.ones(4, 16, 32)).square().sum()
-    held = lms.counts().on_device.bytes["all"].current
-    assert lms.reclaim_inactive() == held > 0
-    assert lms.counts().on_device.bytes["all"].current == 0
-    assert lms.reclaim_inactive() == 0
-    expected = gradients(model, model)
-    model.zero_grad()
-    loss.backward()
-    assert all(torch.equal(parameter.grad, other) for parameter, other in zip(model.parameters(), expected, strict=True))
+def test_a_tracker_of_storages_sees_the_device_and_not_the_host(support: Any) -> None:
+    """What is moved is gone for it, and what comes back is there, so that a CPU shows the peak that a GPU would have."""
+    lms, weight = support(ahead_bytes=0), torch.ones((), requires_grad=True)
+    with StorageTracker(weight) as tracker:
+        with lms:
+            total = sum((weight * torch.full((16 * KIB,), float(number))).sum() for number in range(8))
+        assert tracker.live_bytes < 64 * KIB, "each of the eight has so many"
+        tracker.reset_peak()
+        total.backward()
+        assert 64 * KIB <= tracker.peak_bytes < 4 * 64 * KIB
+    assert lms.counts().reclaimed_bytes == 8 * 64 * KIB
