@@ -2,8 +2,10 @@
 
 A halved bucket is exchanged, not summed, in the narrow type: every rank gets one part of everybody's bucket, adds the
 parts up in fp32, rounds once more and hands its sum to all. A gradient is rounded twice, whatever the number of ranks,
-and as many bytes travel as in a ring that would round at every hop. With a hierarchical reduction only what crosses between the
-nodes is halved. fp16 is scaled by a power of two, the same on all ranks, so that the largest gradient of a bucket fits.
+and as many bytes travel as in a ring that would round at every hop. Where nodes have several ranks, the sum within a node is taken
+first, in fp32, as by reduction = "hierarchical", and only what crosses between the nodes is halved: each rank would send to
+all ranks of the other nodes otherwise, more than a ring does. fp16 is scaled by a power of two, the same on all ranks, so that
+the largest gradient of a bucket fits.
 """
 
 from __future__ import annotations
@@ -148,3 +150,5 @@ COMPRESSIONS: dict[str, Callable[[Parallel, NodeGroups | None, Hold], Reduction]
     "powersgd": lambda parallel, groups, hold: LowRank(parallel.powersgd_rank, total(groups, hold)),
 }
 """parallel.compression -> what it makes of a bucket."""
+HALVED = ("fp16", "bf16")
+"""Those that sum within the nodes first, whatever the reduction is."""

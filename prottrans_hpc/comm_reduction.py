@@ -4,7 +4,9 @@ A sum is a generator: it starts a collective and yields it, is resumed when that
 ranks run the same generators in the same order, so nothing depends on who is first, and `Pipeline` overlaps them with the
 backward pass. `hierarchical` is the idea behind IBM's DDL (arXiv 1708.02188): within a node the ranks reduce and scatter, so
 that each holds one part of the node's sum; only those parts cross between the nodes; within the node they are gathered
-again. Each of the R ranks of a node sends 1/R of the bucket over the slow link instead of all of it.
+again. Of n bytes, 2 (N - 1) / N n cross the link of each of N nodes, in each direction, in 2 (N - 1) steps, wherever the
+starter has put the ranks. A ring over all p ranks takes 2 (p - 1) steps, and sends 2 (p - 1) / p n over a node's link as often as
+neighbours in it are on different nodes: once when ranks fill one node after the other, once a rank when they are dealt out in turn.
 """
 
 from __future__ import annotations

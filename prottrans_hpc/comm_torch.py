@@ -23,6 +23,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from . import comm_reduction, comm_rendezvous
 from .comm import Json, ParallelModel, check_same, decode, encode, parameter_digest
+from .comm_compression import HALVED
+from .comm_lost import is_lost_peer
 from .errors import RankLostError
 from .rank import RankContext
 from .recipe_parallel import Parallel
@@ -147,8 +149,9 @@ class TorchComm:
         return model
 
     def _groups(self) -> comm_reduction.NodeGroups | None:
-        """What a hierarchical reduction takes, made once; None where it is not asked for or has nothing to gain."""
-        if self._node_groups is None and self.nodes is not None and self.settings.reduction == "hierarchical":
+        """What a hierarchical reduction takes, made once; None where nothing wants it or it gains nothing."""
+        wanted = self.settings.reduction == "hierarchical" or self.settings.compression in HALVED
+        if self._node_groups is None and self.nodes is not None and wanted:
             self._node_groups = comm_reduction.make_node_groups(self.nodes, self.rank, timeout_s=self.timeout_s, is_cuda=self.device.type == "cuda")
         return self._node_groups
 
@@ -182,29 +185,6 @@ class TorchComm:
             return "another rank"
         named = [f"rank {rank} on {self.hosts[rank]}" for rank in missing[:_MAX_NAMED]]
         return ", ".join(named) + (f" and {len(missing) - _MAX_NAMED} more" if len(missing) > _MAX_NAMED else "")
-
-
-_LOST = (
-    "connection closed by peer",
-    "connection reset by peer",
-    "timed out",
-    "timeout",
-    "broken pipe",
-    "connection refused",
-    "socket",
-    "nccl",
-    "connectfullmesh",
-)
-
-
-def is_lost_peer(error: BaseException) -> bool:
-    """Whether an error means that another rank is gone: gloo raises bare RuntimeErrors, told apart by their text alone."""
-    if isinstance(error, (dist.DistError, ConnectionError)):
-        return True
-    if isinstance(error, (torch.OutOfMemoryError, OSError)):
-        return False
-    text = str(error).lower()
-    return any(mark in text for mark in _LOST)
 
 
 def _bytes_tensor(content: bytes, size: int) -> Tensor:

@@ -31,7 +31,7 @@ BASE_MODULES = {"__init__", "errors", "durable", "stage", "config", "machine", "
     "architectures",
     "terminal",
 }
-COMM_MODULES = {"comm", "comm_torch", "comm_horovod", "comm_rendezvous", "whereabouts", "comm_sharded", "comm_reduction", "comm_compression"}
+COMM_MODULES = {"comm", "comm_torch", "comm_horovod", "comm_rendezvous", "whereabouts", "comm_sharded", "comm_reduction", "comm_compression", "comm_lost"}
 
 BELOW_CORPUS = {"base", "rank", "log", "comm"}
 MAY_IMPORT = {
