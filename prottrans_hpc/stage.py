@@ -54,6 +54,7 @@ STAGES = {
     "pretrain": "prottrans_hpc.train.stage:pretrain",
     "lr-range": "prottrans_hpc.train.lr_range:report",
     "project-scaling": "prottrans_hpc.profile.projection:project",
+    "scale-report": "prottrans_hpc.profile.scaling_stage:report",
     "embed": "prottrans_hpc.embed.stage:embed",
     "embed-item": "prottrans_hpc.embed.farm:run_item",
     "export": "prottrans_hpc.train.convert:export",

@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[1] / PACKAGE
 BASE_MODULES = {"__init__", "errors", "durable", "stage", "config", "machine", "run_dir"} | {
     "recipe",
     "parallel_layout",
+    "scaling_study",
     "recipe_health",
     "recipe_memory",
     "recipe_objectives",

@@ -136,6 +136,23 @@ def carry_out(plan: Plan, *, detach: bool) -> int:
         return 0
 
 
+def set_up(plan: Plan, script: bytes) -> RunDir:
+    """Write the run directory for a job that runs others beside it, and start nothing; `script` is what that job calls."""
+    directory = _prepare(plan.run_dir.path)
+    with _locked(directory):
+        run = existing_run(plan)
+        _check_idle(directory)
+        _write_run(plan, directory, run)
+        durable.write_bytes(directory.job_script, script)
+        directory.exit_code.unlink(missing_ok=True)
+    return directory
+
+
+def belongs_to(directory: RunDir, scheduler: str, job_id: str, *, account: str | None) -> None:
+    """Note which job runs in a directory that `set_up` made."""
+    _write_jobs(directory, scheduler, [job_id], account=account)
+
+
 def _submit_chain(plan: Plan, directory: RunDir) -> None:
     """Submit the jobs of a chain; what is submitted is on the disk before the next one is tried."""
     scheduler, job_ids = plan.machine.scheduler, list[str]()

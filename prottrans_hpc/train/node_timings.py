@@ -66,9 +66,9 @@ def num_bytes(num_ranks: int) -> int:
 class NodeTimings:
     """A rank's part in its node's file; the first rank of the node writes it."""
 
-    def __init__(self, path: Path | None = None, slots: Slots | None = None, local_rank: int = 0) -> None:
+    def __init__(self, path: Path | None = None, slots: Slots | None = None, *, local_rank: int = 0, host: str = "") -> None:
         """`path` is given on the node's first rank only."""
-        self._path, self._local_rank, self._slots = path, local_rank, slots or Slots(1, None)
+        self._path, self._local_rank, self._slots, self._host = path, local_rank, slots or Slots(1, None), host
         self._file: JsonLines | None = None
 
     def begin_at(self, step: int) -> None:
@@ -94,7 +94,7 @@ class NodeTimings:
         ledgers = self._slots.of_step(step)
         work = [timing.compute_s(ledger) for ledger in ledgers]
         means = [sum(values) / len(ledgers) for values in zip(*ledgers, strict=True)]
-        line = {"step": step, "ranks": len(ledgers), "compute_s": round(sum(work) / len(work), 6), "slowest_compute_s": round(max(work), 6)}
+        line = {"step": step, "host": self._host, "ranks": len(ledgers), "compute_s": round(sum(work) / len(work), 6), "slowest_compute_s": round(max(work), 6)}
         try:
             self._file.append(line | timing.by_name(means))
         except OSError as error:
@@ -119,7 +119,7 @@ class NodeTimings:
 def shared(run_dir: RunDir, context: RankContext, comm: Comm, *, start_id: str) -> Iterator[NodeTimings]:
     """This rank's part in the file of its node. Collective at the beginning."""
     path = run_dir.node_timings(context.node_rank) if context.is_node_main else None
-    timings = NodeTimings(path, _meet(context, comm, start_id), context.local_rank)
+    timings = NodeTimings(path, _meet(context, comm, start_id), local_rank=context.local_rank, host=context.hostname)
     try:
         yield timings
     finally:
