@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -14,8 +14,9 @@ from ..comm import Comm, ParallelModel
 from ..corpus.index import Index, read_index
 from ..corpus.order import SamplePosition
 from ..corpus.reader import Corpus
-from ..errors import IdentityError
+from ..errors import ConfigError, IdentityError
 from ..memory.policy import around
+from ..parallel_layout import ParallelLayout, layout_on
 from ..precision_levels import LEVELS
 from ..recipe import Recipe
 from ..run_dir import Run, RunDir
@@ -32,6 +33,9 @@ from .records import Records
 from .saving import Saver
 from .stragglers import ComputeTimer, Stragglers
 from .timing import StepTiming
+
+if TYPE_CHECKING:
+    from ..comm_sharded import ShardedModel
 
 _log = logging.getLogger(__name__)
 
@@ -54,6 +58,8 @@ class Session:
     run: Run
     run_dir: RunDir
     comm: Comm
+    layout: ParallelLayout
+    """Which ranks have a whole model each, and which share one."""
     record: Architecture
     shape: Any
     module: nn.Module
@@ -86,14 +92,24 @@ class Session:
     """Of this rank's lanes; stays empty for models without."""
     stragglers: Stragglers = field(default_factory=Stragglers)
 
+    @property
+    def data_rank(self) -> int:
+        """Which share of every step this rank works on; the same for all of a tensor group."""
+        return self.layout.data_rank(self.comm.rank)
+
+    @property
+    def counts(self) -> bool:
+        """Whether what this rank has counted of its share is added up: of a tensor group, one rank's is."""
+        return self.layout.tensor_index(self.comm.rank) == 0
+
     def open_loader(self) -> Loader:
         """The steps from here on."""
         return Loader(
             self.corpus,
             self.run.recipe,
             self.record.vocabulary,
-            rank=self.comm.rank,
-            world_size=self.comm.world_size,
+            rank=self.data_rank,
+            world_size=self.layout.num_data_ranks,
             position=self.progress.position,
             step=self.progress.step,
             pin_memory=self.comm.device.type == "cuda",
@@ -116,23 +132,31 @@ def open_session(run: Run, run_dir: RunDir, comm: Comm, *, index: Index, start_i
     shape = record.size(recipe.architecture.size).shape
     module = find(record.build)(shape)
     module.initialise(recipe.seed)
-    module = module.to(comm.device).train()
+    layout = layout_on(recipe.parallel, run.machine, comm.world_size)
+    # What is cut goes to the device layer by layer: as a whole it may have no room there.
+    module = (module.to(comm.device) if layout.is_plain else module).train()
     module.recompute_every = recipe.memory.recompute_every
     forward = precision.forward_context(recipe.precision, comm.device)
     masters = precision.lower_weights(module, recipe.precision)
     forward = around(forward, recipe.memory, module.parameters())
     if host_optimizer.moves(recipe, comm.device):
         masters = host_optimizer.on_host(masters)
-    model = comm.parallel(module, recipe.parallel.bucket_mib)
+    model: ParallelModel
+    if layout.is_plain:
+        model = comm.parallel(module, recipe.parallel.bucket_mib)
+    else:
+        model = _sharded(comm, module, layout, record)
+        forward = model.around(forward)
     return Session(
         run=run,
         run_dir=run_dir,
         comm=comm,
+        layout=layout,
         record=record,
         shape=shape,
         module=module,
         model=model,
-        optimizer=_optimizer(module, masters, recipe),
+        optimizer=_optimizer(module, masters, recipe, comm),
         masters=masters,
         loss_scale=LossScale(recipe.loss_scaling) if LEVELS[recipe.precision].scales_loss else None,
         divergence=SpikeDetector(recipe.divergence),
@@ -147,11 +171,19 @@ def open_session(run: Run, run_dir: RunDir, comm: Comm, *, index: Index, start_i
     )
 
 
-def _optimizer(module: nn.Module, masters: dict[str, Tensor], chosen: Recipe) -> Optimizer:
+def _sharded(comm: Comm, module: nn.Module, layout: ParallelLayout, record: Architecture) -> ShardedModel:
+    if comm.name != "torch":
+        raise ConfigError(f"a model is cut over ranks of torch.distributed only; these talk over {comm.name}: set parallel.comm = 'torch'")
+    # Found by name: it imports much that whole models need not wait for.
+    model: ShardedModel = find("prottrans_hpc.comm_sharded:shard")(comm, module, layout, record.tensor_parallel.split if record.tensor_parallel else {})
+    return model
+
+
+def _optimizer(module: nn.Module, masters: dict[str, Tensor], chosen: Recipe, comm: Comm) -> Optimizer:
     if host_optimizer.moves(chosen, next(module.parameters()).device):
         return host_optimizer.build_host_optimizer(module, masters, chosen)
     if LEVELS[chosen.precision].weights == "fp32":
-        return build_optimizer(module.named_parameters(), chosen.optimizer)
+        return build_optimizer(module.named_parameters(), chosen.optimizer, comm.all_reduce_sum)
     trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
     return precision.HalfWeights(trained, masters, lambda parameters: build_optimizer(parameters.items(), chosen.optimizer))
 

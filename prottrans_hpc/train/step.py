@@ -68,7 +68,7 @@ class StepResult:
 
 def take_step(session: Session, loaded: LoadedStep) -> StepResult:
     """Take one step on this rank, together with all others. Raises, on all ranks, when a save in the background failed."""
-    torch.manual_seed(step_seed(session.run.recipe.seed, step=loaded.step, rank=session.comm.rank))
+    torch.manual_seed(step_seed(session.run.recipe.seed, step=loaded.step, rank=session.data_rank))
     session.model.zero_gradients()
     scaling = session.loss_scale
     multiplier = scaling.multiplier(session.run.recipe.phases[loaded.phase]) if scaling else 1.0
@@ -77,7 +77,12 @@ def take_step(session: Session, loaded: LoadedStep) -> StepResult:
     # The loss is a sum; dividing by the global count here makes the result independent of ranks and accumulation.
     inverse = 1.0 / (multiplier * max(status.num_targets, 1.0))
     with session.timing.part("optimizer"):
-        scale = measure_gradients(session.module.parameters(), scale=inverse, max_norm=session.run.recipe.optimizer.clip_norm)
+        scale = measure_gradients(
+            session.module.parameters(),
+            scale=inverse,
+            max_norm=session.run.recipe.optimizer.clip_norm,
+            sum_over_ranks=session.comm.all_reduce_sum,
+        )
     rate = learning_rate(session.run.recipe, loaded.step) * session.divergence.rate_factor
     is_finite = math.isfinite(status.loss) and scale.is_finite
     loss_scale, has_overflowed = scaling.value if scaling else None, False
@@ -169,6 +174,8 @@ def _exchange(session: Session, loaded: LoadedStep, losses: Tensor, sums: Tensor
     own = (float(preemption.requested()), loss, correct, float(loaded.num_targets), float(loaded.num_residues), float(loaded.num_tokens), flops, *parts)
     lane_sums = tuple(map(float, astuple(loaded.lane_sums))) if loaded.lane_sums else ()
     own += lane_sums
+    if not session.counts:
+        own = (own[0], *(0.0 for _ in own[1:]))
     session.stragglers.add(session.timer.seconds(), loaded.num_tokens)
     session.node_timings.put(loaded.step + 1, ledger)
     addends = (own, session.stragglers.report(loaded.step + 1), session.saver.report(), (1.0, *ledger))

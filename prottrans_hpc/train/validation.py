@@ -47,7 +47,8 @@ class Validator:
             with session.forward():
                 result = session.module(batch)
             plain = torch.stack((result.loss.double(), torch.tensor(float(len(batch.targets)), device=sums.device)))
-            sums += torch.cat((plain, counted(result)))
+            if session.counts:
+                sums += torch.cat((plain, counted(result)))
         session.module.train()
         loss, num_targets, num_correct, *parts = session.comm.all_reduce_sum(sums).tolist()
         mean = loss / max(num_targets, 1.0)
@@ -68,8 +69,8 @@ class Validator:
         session = self._session
         if self._batches is None:
             assert session.validation is not None, "is_due comes first"
-            vocabulary, comm = session.record.vocabulary, session.comm
-            own = validation_batches(session.validation, session.run.recipe, vocabulary, rank=comm.rank, world_size=comm.world_size)
+            vocabulary, num_shares = session.record.vocabulary, session.layout.num_data_ranks
+            own = validation_batches(session.validation, session.run.recipe, vocabulary, rank=session.data_rank, world_size=num_shares)
             self._batches = with_token_counts(session, tuple(own))
         return self._batches
 
