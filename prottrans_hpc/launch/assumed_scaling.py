@@ -84,6 +84,8 @@ def assume(name: str, recipe: Recipe, machine: Machine, nodes: Sequence[int], *,
 
 
 def _check_modelled(recipe: Recipe) -> None:
+    if (recipe.parallel.sharding, recipe.parallel.tensor_ranks) != ("none", 1):
+        raise ConfigError("the projection models ranks that each hold the whole model: project with parallel.sharding = 'none' and tensor_ranks = 1")
     if recipe.parallel.compression == "powersgd":
         raise ConfigError("what PowerSGD sends depends on every tensor's shape and is not modelled: project with parallel.compression none, fp16 or bf16")
 
