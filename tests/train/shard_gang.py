@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo  # DTensor imports it at its first use, which every forked rank would have to do
 import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor, nn

@@ -168,3 +168,16 @@ def test_a_missing_piece_is_named(saved: Path, tmp_path: Path) -> None:
     _rewrite_state(damaged, lambda _: json.dumps(state))
     with pytest.raises(CheckpointError, match=r"pieces of .*weight.* are not there"):
         checkpoint.read_checkpoint(damaged)
+
+
+def test_killed_before_touches_of_the_file_system_by_either_rank(tmp_path: Path) -> None:
+    command, environment = [sys.executable, str(HERE / "crash_shards.py"), str(tmp_path)], os.environ | {"PYTHONPATH": str(HERE.parents[1])}
+    done = subprocess.run(command, env=environment | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout)
+    for rank in (0, 1):
+        newest = [result["newest"] for result in found if result["rank"] == rank]
+        assert len(newest) > 8, "the save has more calls than that: the hook does not see them"
+        assert set(newest) == {2, 3}, "a loader must find the old or the new one"
+        assert newest == sorted(newest), "and the new one for good once it was there"
+    assert [result["newest"] for result in found if result["rank"] == 1 and result["touch"]] == [2] * (len(newest) - 1), "no checkpoint lacks a rank's pieces"
