@@ -8,11 +8,12 @@ import os
 import signal
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from prottrans_hpc.errors import ConfigError
+from prottrans_hpc.errors import ConfigError, SubmitError
 from prottrans_hpc.launch import scale, scale_job
 from prottrans_hpc.launch.checks import read_corpus_facts
 from prottrans_hpc.machine import read_machine
@@ -178,7 +179,12 @@ def test_the_scripts_of_points_in_one_job_have_no_directives(order):
 
 
 def test_a_job_needs_a_batch_system(order):
-    from dataclasses import replace
-
     with pytest.raises(ConfigError, match="laptop has none"):
         scale.check_one_job(replace(order, machine=read_machine("laptop")))
+
+
+def test_no_second_job_measures_while_one_does(order):
+    point = order.study.points()[0]
+    scale.refuse_while_running(scale.Standing((), {}, (point,), ()))
+    with pytest.raises(SubmitError, match="in job 7 already"):
+        scale.refuse_while_running(scale.Standing((), {point: "7"}, (), ()))
