@@ -185,6 +185,9 @@ class Architecture:
     (Transformer-XL). Lanes stay on their rank, so `global_batch_size` must be a multiple of the number of ranks unless `loading.uneven_lanes`."""
     lane_bytes: Callable[[Any, int], int] | None = None
     """`(shape, tokens of a piece)` -> bytes of the memory that a lane has between steps; None without lanes."""
+    layer_bytes: Callable[[Any, Sequence[int], str, Any], tuple[Sequence[int], Sequence[int]]] | None = None
+    """`(shape, tokens of each sequence, precision, objective)` -> of what `activation_bytes` counts, what each layer keeps, and what its
+    backward pass needs for a moment; the published objective where that is None. None where all layers of a stack are alike."""
     tensor_parallel: TensorParallel | None = None
     """None where every rank computes whole products only."""
 
