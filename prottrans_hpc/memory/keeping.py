@@ -65,7 +65,8 @@ _ATTENTION = (
 
 @functools.cache
 def _is_attention(operation: Any) -> bool:
-    return operation._schema.name in _ATTENTION
+    schema = getattr(operation, "_schema", None)  # operations of higher order have none
+    return schema is not None and schema.name in _ATTENTION
 
 
 @functools.cache
