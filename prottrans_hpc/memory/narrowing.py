@@ -1,7 +1,7 @@
 """Saved tensors in bf16: half the bytes of what fp32 layers keep for the backward pass. Gradients are no longer exact.
 
-Rounding to bf16, which has 8 significant bits, changes a number by 2 ** -8 of itself at most. A gradient is made of products with saved numbers, so each of its addends is
-off by about as much; as roundings are independent the whole is off by less. docs/lms.md has what was measured.
+Rounding to bf16, which has 8 significant bits, changes a number by 2 ** -8 of itself at most. A gradient is made of products with saved numbers, so
+each of its addends is off by about as much; as roundings are independent the whole is off by less. docs/lms.md has what was measured.
 """
 
 from __future__ import annotations
