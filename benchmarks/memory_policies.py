@@ -1,8 +1,10 @@
 """Peak bytes of activations and time of a step under each memory policy, as ratios to keeping everything, in one run.
 
-A ProtBert of 6 layers of 256 (and deeper, where --layers says so), real proteins cut to 512 residues, packed; forward and backward, without update. On a CPU
-one thread, in turns, by CPU time of the process; what disturbs a step can only add to it, so of all rounds the least counts, and the median of the
-rounds' ratios stands beside it. The peak is that of the storages alive beside parameters, gradients and the batch. On a GPU (--device cuda) time is by the clock and the peak the allocator's. Writes memory_policies.{json,md}.
+A ProtBert of 6 layers of 256 (and deeper, where --layers says so), real proteins cut to 512 residues, packed; forward and
+backward, without update. On a CPU one thread, in turns, by CPU time of the process; what disturbs a step can only add to it,
+so of all rounds the least counts, and the median of the rounds' ratios stands beside it. The peak is that of the storages
+alive beside parameters, gradients and the batch. On a GPU (--device cuda) time is by the clock and the peak the allocator's.
+Writes memory_policies.{json,md}.
 
     python benchmarks/memory_policies.py [--layers 6,12] [--device cuda]
 """
