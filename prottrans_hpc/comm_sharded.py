@@ -76,6 +76,9 @@ class ShardedModel:
         @contextlib.contextmanager
         def entered() -> Iterator[None]:
             with self._comm.watching("the forward pass of a sharded model"), forward():
+                if len(self._units) > 1:
+                    # Autocast would keep the half copies of all layers until the pass ends: with recomputation, one layer's are enough.
+                    torch.set_autocast_cache_enabled(False)  # until autocast ends
                 yield
             if not torch.is_grad_enabled():
                 # Weights that stay together for a backward pass that does not come: a checkpoint may be taken up before the next forward pass.

@@ -88,7 +88,7 @@ def _check_whole(num_ranks: int, unit: int, ranks_per_node: int, what: str) -> N
         # Local ranks all count as one node: there, ranks are what can be chosen.
         now, step, of = (num_ranks, unit, "ranks") if num_ranks == ranks_per_node else (int(nodes), step, f"nodes of {ranks_per_node} ranks")
         near = [size for size in (now // step * step, (now // step + 1) * step) if size]
-        raise ConfigError(f"{num_ranks:,} ranks are no whole number of {what}: the nearest sizes that are one are {_either(near)} {of}")
+        raise ConfigError(f"{num_ranks:,} ranks are no whole number of {what}: take {' or '.join(f'{size:,}' for size in near)} {of}")
 
 
 def _check_tensor_reach(parallel: Parallel, ranks_per_node: int, nodes_per_rack: int | None) -> None:
