@@ -210,6 +210,20 @@ def _recovered(rows: list[Start], event: Record) -> None:
     )
 
 
+def _non_finite(rows: list[Start], event: Record) -> None:
+    where = "".join(f"; {_culprit(one)}" for one in (event.get("where") or [])[:2])
+    _open_row(rows).notes.append(f"step {event.get('step')} skipped, non-finite numbers: {event.get('what')}{where}")
+
+
+def _culprit(one: Record) -> str:
+    parameter = f", first {one['parameter']}" if one.get("parameter") else ""
+    return f"rank {one.get('rank')} on {one.get('host')}{parameter}, samples {_shortened(one.get('samples') or [])}"
+
+
+def _shortened(samples: list[Any]) -> str:
+    return " ".join(map(str, samples[:4])) + (" ..." if len(samples) > 4 else "")
+
+
 def _hang(rows: list[Start], event: Record) -> None:
     _open_row(rows).notes.append(f"hang: {event.get('what')}")
 
@@ -233,6 +247,7 @@ _TELLERS = {
     "slow node": _slow_node,
     "node recovered": _recovered,
     "hang": _hang,
+    "non-finite numbers": _non_finite,
     "taken_over": _taken_over,
     **dict.fromkeys(("refused", "requeued", "cancelled", "cancelled_rest"), _note),
 }

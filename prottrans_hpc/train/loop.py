@@ -14,7 +14,7 @@ import torch
 
 from .. import whereabouts
 from ..errors import NumericsError, RequeueRequested
-from . import health, preemption, resume, retention
+from . import attribution, health, preemption, resume, retention
 from .loader import LoadedStep, Loader
 from .schedule import phase_of
 from .session import Progress, Session
@@ -63,6 +63,8 @@ def _take_steps(session: Session, loader: Loader, validator: Validator) -> Endin
         clock.step_taken(data_wait_s=loader.wait_s)
         health.tell_slow_nodes(session, step=loaded.step + 1)
         session.progress = Progress(loaded.step + 1, loaded.position_after, session.progress.samples + _samples_of(loaded, result)[0])
+        if not (result.is_finite or result.has_overflowed):
+            attribution.explain(session, loaded, result.own_losses)
         if not result.has_overflowed:
             skipped_in_a_row = 0 if result.is_finite else skipped_in_a_row + 1
         step, ends, stops = session.progress.step, session.progress.step == last_step, result.status.stop > 0

@@ -64,6 +64,8 @@ class StepResult:
     """That the gradients were computed with, in fp16."""
     has_overflowed: bool = False
     """Not finite, and a smaller scale of the loss is expected to help: nothing to worry about."""
+    own_losses: tuple[float, ...] = ()
+    """Of a step that was skipped: of this rank's micro batches, nats; not equal on all ranks."""
 
 
 def take_step(session: Session, loaded: LoadedStep) -> StepResult:
@@ -96,7 +98,8 @@ def take_step(session: Session, loaded: LoadedStep) -> StepResult:
             session.memory.forget()
         has_overflowed = scaling is not None and math.isfinite(status.loss) and scaling.back_off()
         _tell_skipped(session, loaded, losses, has_overflowed=has_overflowed)
-    return StepResult(status, rate, scale.norm, is_finite, loss_scale, has_overflowed)
+    own_losses = () if is_finite else tuple(losses.tolist())
+    return StepResult(status, rate, scale.norm, is_finite, loss_scale, has_overflowed, own_losses)
 
 
 def step_seed(seed: int, *, step: int, rank: int) -> int:

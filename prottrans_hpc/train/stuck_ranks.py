@@ -56,7 +56,8 @@ class Hang:
         if self.collective is None:
             return f"nobody gets anywhere in step {self.step}: {named(self.missing)}"
         if not self.missing:
-            return f"all {self.num_waiting} ranks are in {self.collective} of step {self.step}, and it does not end: what joins the nodes has lost it"
+            why = "what joins the nodes has lost it, or one of them stands still in it"
+            return f"all {self.num_waiting} ranks are in {self.collective} of step {self.step}, and it does not end: {why}"
         verb = "have" if len(self.missing) > 1 else "has"
         return f"{named(self.missing)} {verb} not come to {self.collective} of step {self.step}, where {self.num_waiting} of the other ranks wait"
 
