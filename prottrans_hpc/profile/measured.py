@@ -21,7 +21,7 @@ _NUM_SAMPLES = 200
 """Of the bootstrap."""
 _BAND = (2.5, 97.5)
 _DRIFT = 0.10
-"""A node's own work that grows by more than this share from one node to many is warned of."""
+"""A node's own work that changes by more than this share from one node to many is warned of."""
 
 
 @dataclass(frozen=True)
@@ -172,9 +172,10 @@ def _warnings(model: Model) -> list[str]:
     first, last = model.sizes[0].work, model.sizes[-1].work
     found = []
     drift = last.local_s / first.local_s - 1.0
-    if model.study.mode == "weak" and drift > _DRIFT:
+    if model.study.mode == "weak" and abs(drift) > _DRIFT:
+        why = "they share something (cores, memory, disk)" if drift > 0 else "something else used the machine, or the sizes had other batches"
         found.append(
-            f"a node's own work took {100 * drift:.0f} % longer on {model.sizes[-1].nodes} nodes than on one: they share something (cores, memory, disk), "
+            f"a node's own work took {100 * abs(drift):.0f} % {'longer' if drift > 0 else 'less'} on {model.sizes[-1].nodes} nodes than on one: {why}, "
             "and the projection takes it to stay so"
         )
     unseen = fitting.unseen(model.fitted, model.sizes, model.manner, model.study.ranks_per_node)

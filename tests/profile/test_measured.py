@@ -159,9 +159,10 @@ def test_links_that_left_no_trace_are_warned_of():
     assert any("left no trace" in line for line in warnings)
 
 
-def test_nodes_that_share_cores_are_warned_of():
-    warnings = measured.project(study(replace(WORLD, sharing=0.3)), [16], with_changes=False)["warnings"]
-    assert any("longer on 8 nodes than on one" in line for line in warnings)
+@pytest.mark.parametrize(("sharing", "said"), [(0.3, "longer on 8 nodes than on one: they share"), (-0.05, "less on 8 nodes than on one: something else")])
+def test_work_that_does_not_stay_the_same_is_warned_of(sharing, said):
+    warnings = measured.project(study(replace(WORLD, sharing=sharing), steps=10), [16], with_changes=False)["warnings"]
+    assert any(said in line for line in warnings)
 
 
 def test_a_strong_study_has_less_to_do_on_each_node_and_more_overhead():
