@@ -28,7 +28,7 @@ from .lane_memory import LaneMemory
 from .loader import Loader, load_steps
 from .loss_scale import LossScale
 from .node_timings import NodeTimings
-from .optim import Optimizer, build_optimizer
+from .optim import Optimizer, SumOverRanks, build_optimizer
 from .records import Records
 from .saving import Saver
 from .stragglers import ComputeTimer, Stragglers
@@ -141,6 +141,7 @@ def open_session(run: Run, run_dir: RunDir, comm: Comm, *, index: Index, start_i
     forward = around(forward, recipe.memory, module.parameters())
     if host_optimizer.moves(recipe, comm.device):
         masters = host_optimizer.on_host(masters)
+    timing = StepTiming(comm.device)
     model: ParallelModel
     if layout.is_plain:
         model = comm.parallel(module, recipe.parallel.bucket_mib)
@@ -156,7 +157,7 @@ def open_session(run: Run, run_dir: RunDir, comm: Comm, *, index: Index, start_i
         shape=shape,
         module=module,
         model=model,
-        optimizer=_optimizer(module, masters, recipe, comm),
+        optimizer=_optimizer(module, masters, recipe, timing.timed("exposed_comm", comm.all_reduce_sum)),
         masters=masters,
         loss_scale=LossScale(recipe.loss_scaling) if LEVELS[recipe.precision].scales_loss else None,
         divergence=SpikeDetector(recipe.divergence),
@@ -167,7 +168,7 @@ def open_session(run: Run, run_dir: RunDir, comm: Comm, *, index: Index, start_i
         records=records,
         peak_flops=_peak_flops(run, comm),
         timer=ComputeTimer(comm.device),
-        timing=StepTiming(comm.device),
+        timing=timing,
     )
 
 
@@ -179,11 +180,11 @@ def _sharded(comm: Comm, module: nn.Module, layout: ParallelLayout, record: Arch
     return model
 
 
-def _optimizer(module: nn.Module, masters: dict[str, Tensor], chosen: Recipe, comm: Comm) -> Optimizer:
+def _optimizer(module: nn.Module, masters: dict[str, Tensor], chosen: Recipe, sum_over_ranks: SumOverRanks) -> Optimizer:
     if host_optimizer.moves(chosen, next(module.parameters()).device):
         return host_optimizer.build_host_optimizer(module, masters, chosen)
     if LEVELS[chosen.precision].weights == "fp32":
-        return build_optimizer(module.named_parameters(), chosen.optimizer, comm.all_reduce_sum)
+        return build_optimizer(module.named_parameters(), chosen.optimizer, sum_over_ranks)
     trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
     return precision.HalfWeights(trained, masters, lambda parameters: build_optimizer(parameters.items(), chosen.optimizer))
 

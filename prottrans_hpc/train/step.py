@@ -83,7 +83,7 @@ def take_step(session: Session, loaded: LoadedStep) -> StepResult:
             session.module.parameters(),
             scale=inverse,
             max_norm=session.run.recipe.optimizer.clip_norm,
-            sum_over_ranks=session.comm.all_reduce_sum,
+            sum_over_ranks=session.timing.timed("exposed_comm", session.comm.all_reduce_sum),
         )
     rate = learning_rate(session.run.recipe, loaded.step) * session.divergence.rate_factor
     is_finite = math.isfinite(status.loss) and scale.is_finite

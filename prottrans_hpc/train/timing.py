@@ -13,7 +13,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from typing import ParamSpec, Protocol, TypeVar
 
 import torch
 
@@ -27,6 +27,7 @@ _OTHER = PARTS.index("other")
 _APART = len(PARTS)
 
 T = TypeVar("T")
+P = ParamSpec("P")
 
 
 @dataclass
@@ -148,6 +149,15 @@ class StepTiming:
             yield
         finally:
             self._turn_to(outer)
+
+    def timed(self, name: str, work: Callable[P, T]) -> Callable[P, T]:
+        """A function whose time belongs to a part."""
+
+        def work_in_part(*args: P.args, **kwargs: P.kwargs) -> T:
+            with self.part(name):
+                return work(*args, **kwargs)
+
+        return work_in_part
 
     def waits_for(self, steps: Iterator[T]) -> Iterator[T]:
         """The steps; that they are waited for is timed."""

@@ -72,6 +72,15 @@ def test_a_part_that_fails_ends(clock):
     assert lap(ledger) == {"forward": 1, "other": 2}
 
 
+def test_a_collective_within_the_update_is_communication(clock):
+    ledger = StepTiming()
+    add = ledger.timed("exposed_comm", lambda one, *, other: clock(2) or one + other)
+    with ledger.part("optimizer"):
+        clock(1)
+        assert add(3, other=4) == 7
+    assert lap(ledger) == {"optimizer": 1, "exposed_comm": 2}
+
+
 def test_steps_are_waited_for(clock):
     ledger = StepTiming()
     slow = (clock(3) or number for number in range(2))
