@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .. import durable
+from .. import durable, terminal
 from ..stage import Request
 from . import assumed, known_links, measured, projection_text
 from .scaling import read_scaling
@@ -26,11 +26,13 @@ def project(request: Request) -> None:
     """Work out, write and print one projection. Raises ConfigError, CheckpointError or DataError."""
     projection = {"format": FORMAT, **_work_out(request)}
     folder = request["out"] or (None if "assumed" in request else request["source"])
+    text = json.dumps(projection, indent=1) if request["json"] else "\n".join(projection_text.lines(projection))
+    sys.stdout.write(text + "\n")
     if folder:
         Path(folder).mkdir(parents=True, exist_ok=True)
         durable.write_json(Path(folder) / PROJECTION, projection)
-    text = json.dumps(projection, indent=1) if request["json"] else "\n".join(projection_text.lines(projection))
-    sys.stdout.write(text + "\n")
+        drawn = "" if "assumed" in request else f"; prottrans scale --report-only --out {folder} draws it"
+        terminal.note(f"projection: {Path(folder) / PROJECTION}{drawn}")
 
 
 def _work_out(request: Request) -> dict[str, Any]:
