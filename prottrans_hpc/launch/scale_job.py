@@ -14,7 +14,7 @@ from ..scaling_study import StudyPoint, write_study
 from . import gang, submission
 from .gang import Plan
 from .job import Job, printable_line
-from .job_script import render
+from .job_script import render, setup_lines
 from .scale import Order, plan_of
 from .schedulers import SCHEDULERS
 
@@ -35,7 +35,7 @@ def inner_script(plan: Plan) -> bytes:
 def outer_job(order: Order, plans: Sequence[Plan]) -> Job:
     """The job that holds the largest point."""
     largest = max(plans, key=lambda plan: plan.allocation.num_nodes)
-    return replace(largest.job, stage="scale", name=f"scale-{order.folder.path.name}"[:64], run_dir=order.folder.job)
+    return replace(largest.job, stage="scale", name=f"scale-{gang.usable_name(order.folder.path.name)}"[:64], run_dir=order.folder.job)
 
 
 def render_outer(order: Order, plans: Sequence[Plan]) -> bytes:
@@ -47,6 +47,8 @@ def render_outer(order: Order, plans: Sequence[Plan]) -> bytes:
         *SCHEDULERS[job.machine.scheduler].render_header(job),
         f"# prottrans-hpc {__version__}: a scaling study of {len(plans)} points on {printable_line(job.machine.name)}, one after another",
         "set -uo pipefail",
+        f"exit_file={shlex.quote(str(job.run_dir.exit_code))}",
+        """trap 'code=$?; printf "%s\\n" "$code" > "$exit_file" || true; exit "$code"' EXIT""",
         "",
         "# A signal goes on to the point that runs; those after it are left for the next job.",
         "point='' stop='' code=0",
@@ -64,6 +66,7 @@ def render_outer(order: Order, plans: Sequence[Plan]) -> bytes:
         "",
         *(f"measure {shlex.quote(str(plan.run_dir.path))}" for plan in plans),
         "",
+        *setup_lines(job.machine),
         f"{shlex.join(report)} || true",
         'if [ -n "$stop" ]; then exit 75; fi',
         'exit "$code"',

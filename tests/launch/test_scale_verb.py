@@ -137,7 +137,8 @@ def outer(order: scale.Order, scripts: dict[str, str]) -> tuple[Path, list[Path]
     for plan in plans:
         (plan.run_dir.path / "checkpoints").mkdir(parents=True)
         plan.run_dir.job_script.write_text(f'echo "{plan.run_dir.path.name}" >> "{order.folder.path}/ran"\n{scripts.get(plan.run_dir.path.name, "")}\n')
-    script = order.folder.path / "job.sh"
+    script = order.folder.job.job_script
+    script.parent.mkdir()
     script.write_bytes(scale_job.render_outer(order, plans))
     return script, [plan.run_dir.path for plan in plans]
 
@@ -146,7 +147,7 @@ def test_one_job_runs_every_point_and_ends_with_the_code_of_one_that_failed(orde
     script, folders = outer(order, {"n0002-r1": "exit 76"})
     done = subprocess.run(["bash", str(script)], capture_output=True, text=True, timeout=120, check=False)
     assert (order.folder.path / "ran").read_text().split() == [folder.name for folder in folders]
-    assert done.returncode == 76
+    assert done.returncode == int(order.folder.job.exit_code.read_text()) == 76
     assert f"{order.folder.path}/points/n0002-r1 ended with exit code 76" in done.stderr
     assert [folder.name for folder in folders if (folder / "checkpoints").exists()] == ["n0002-r1"]
 
@@ -162,7 +163,7 @@ def test_a_signal_reaches_the_point_that_runs_and_leaves_the_others(order):
             assert time.monotonic() < deadline
             time.sleep(0.02)
         job.send_signal(signal.SIGUSR1)
-        assert job.wait(timeout=120) == 75
+        assert job.wait(timeout=120) == int(order.folder.job.exit_code.read_text()) == 75
     finally:
         if job.poll() is None:
             os.killpg(job.pid, signal.SIGKILL)
