@@ -53,6 +53,7 @@ STAGES = {
     "corpus-check": "prottrans_hpc.corpus.stage:check",
     "pretrain": "prottrans_hpc.train.stage:pretrain",
     "lr-range": "prottrans_hpc.train.lr_range:report",
+    "comm": "prottrans_hpc.profile.comm_stage:study",
     "project-scaling": "prottrans_hpc.profile.projection:project",
     "scale-report": "prottrans_hpc.profile.scaling_stage:report",
     "embed": "prottrans_hpc.embed.stage:embed",

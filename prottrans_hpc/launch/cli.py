@@ -27,6 +27,7 @@ VERBS = {
     "pretrain": ("prottrans_hpc.launch.verbs.pretrain:pretrain", "Pre-train a model on a corpus; the same command resumes."),
     "project-scaling": ("prottrans_hpc.launch.verbs.project_scaling:project_scaling", "Predict how a training does on more nodes."),
     "scale": ("prottrans_hpc.launch.verbs.scale:scale", "Measure how a training scales over nodes, and report it."),
+    "comm": ("prottrans_hpc.launch.verbs.comm:comm", "Measure how the ranks of a machine talk, and find slow nodes."),
     "runs": ("prottrans_hpc.launch.verbs.runs:runs", "List runs, show one, read its log, cancel or resume it."),
     "embed": ("prottrans_hpc.launch.verbs.embed:embed", "Write embeddings of the proteins in FASTA files."),
     "export": ("prottrans_hpc.launch.verbs.export:export", "Write a model for HuggingFace transformers."),
