@@ -43,6 +43,7 @@ OPTIMIZERS = {
     "adafactor": Adafactor(learning_rate=1e-2, weight_decay=0.01),
 }
 STEPS = 6
+DEVICE = torch.device(os.environ.get("SHARD_DEVICE", "cpu"))
 
 
 class Net(nn.Module):
@@ -65,19 +66,19 @@ def plain(net: Net) -> None:
 
 
 def sharded(net: Net) -> None:
-    fully_shard(net, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    fully_shard(net, mesh=init_device_mesh(DEVICE.type, (dist.get_world_size(),)))
 
 
 def hybrid(net: Net) -> None:
-    fully_shard(net, mesh=init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("replicas", "shards")))
+    fully_shard(net, mesh=init_device_mesh(DEVICE.type, (2, dist.get_world_size() // 2), mesh_dim_names=("replicas", "shards")))
 
 
 def tensor_parallel(net: Net) -> None:
-    cut_products(net, init_device_mesh("cpu", (dist.get_world_size(),)))
+    cut_products(net, init_device_mesh(DEVICE.type, (dist.get_world_size(),)))
 
 
 def sharded_products(net: Net) -> None:
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("shards", "tensor"))
+    mesh = init_device_mesh(DEVICE.type, (2, 2), mesh_dim_names=("shards", "tensor"))
     cut_products(net, mesh["tensor"])
     fully_shard(net, mesh=mesh["shards"])
 
@@ -94,6 +95,7 @@ def cut_products(net: Net, mesh: Any) -> None:
 LAYOUTS: dict[str, tuple[int, Callable[[Net], None]]] = {
     "one": (1, plain),
     "ddp3": (3, plain),
+    "fsdp1": (1, sharded),
     "fsdp2": (2, sharded),
     "fsdp4": (4, sharded),
     "hybrid2x2": (4, hybrid),
@@ -107,7 +109,7 @@ def set_gradients(net: Net, step: int) -> None:
     generator = torch.Generator().manual_seed(1000 + step)
     for parameter in net.parameters():
         whole = torch.randn(parameter.shape, generator=generator) * 10.0 ** ((step % 4) - 3)
-        parameter.grad = pieces.wrap(pieces.cut_out(whole, parameter).clone(), parameter)
+        parameter.grad = pieces.wrap(pieces.cut_out(whole, parameter).to(DEVICE, copy=True), parameter)
 
 
 def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -116,7 +118,7 @@ def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def build(layout: str, seed: int) -> Net:
-    net = Net(seed)
+    net = Net(seed).to(DEVICE)
     LAYOUTS[layout][1](net)
     return net
 
@@ -216,10 +218,14 @@ def run_rank(rank: int, scenario: str, folder: Path, layouts: list[str]) -> None
         if rank >= num_ranks:
             continue
         dist.init_process_group(
-            "gloo", init_method=f"file://{folder}/.meet-{scenario}-{layout}", rank=rank, world_size=num_ranks, timeout=timedelta(seconds=60)
+            "cpu:gloo,cuda:nccl" if DEVICE.type == "cuda" else "gloo",
+            init_method=f"file://{folder}/.meet-{scenario}-{layout}",
+            rank=rank,
+            world_size=num_ranks,
+            timeout=timedelta(seconds=60),
         )
         context = RankContext(rank, num_ranks, rank, num_ranks, 0, 1, "localhost", "none")
-        SCENARIOS[scenario](folder, layout, TorchComm(context, torch.device("cpu"), 60))
+        SCENARIOS[scenario](folder, layout, TorchComm(context, DEVICE, 60))
         dist.barrier()
         dist.destroy_process_group()
 

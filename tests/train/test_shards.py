@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -16,14 +17,14 @@ from safetensors.torch import load_file
 from prottrans_hpc import durable
 from prottrans_hpc.errors import CheckpointError
 from prottrans_hpc.run_dir import RunDir
-from prottrans_hpc.train import checkpoint
+from prottrans_hpc.train import checkpoint, tensor_file
 
 HERE = Path(__file__).parent
 LAYOUTS = {"one": 1, "ddp3": 3, "fsdp2": 2, "fsdp4": 4, "hybrid2x2": 4, "tp2": 2, "fsdp2xtp2": 4}
 
 
-def run_gangs(scenario: str, folder: Path, layouts: list[str]) -> None:
-    environment = os.environ | {"PYTHONPATH": str(HERE.parents[1]), "OMP_NUM_THREADS": "1"}
+def run_gangs(scenario: str, folder: Path, layouts: list[str], *, device: str = "cpu") -> None:
+    environment = os.environ | {"PYTHONPATH": str(HERE.parents[1]), "OMP_NUM_THREADS": "1", "SHARD_DEVICE": device}
     command = [sys.executable, str(HERE / "shard_gang.py"), scenario, str(folder), ",".join(layouts)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-5000:]
@@ -121,6 +122,34 @@ def test_every_layout_takes_up_what_every_other_has_saved(loaded: Path, source: 
         assert len(set(result["opened"])) == len(result["opened"]) <= len(files["model"]) + len(files["optimizer"])
         if source == layout == "fsdp4":  # it needs its own pieces, and the tensor that each rank has whole
             assert set(result["opened"]) <= {f"{kind}-{number:05d}-of-00004.safetensors" for kind in files for number in (0, rank)}
+
+
+def test_a_reader_keeps_one_file_beside_its_result(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, seen = tensor_file.read, []
+
+    def read(path: Path, *, sha256: str) -> dict[str, torch.Tensor]:
+        assert all(reference() is None for reference in seen), "pieces that were copied out are still in memory"
+        content = real(path, sha256=sha256)
+        seen.extend(weakref.ref(tensor) for name, tensor in content.items() if name.endswith("]") and "one.bias" not in name)  # that one is whole
+        return content
+
+    monkeypatch.setattr(tensor_file, "read", read)
+    checkpoint.read_checkpoint(RunDir(saved / "fsdp4").checkpoint(1))
+    assert len(seen) > 40
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_steps_and_checkpoints_are_those_of_the_cpu(trained: Path, saved: Path, tmp_path: Path) -> None:
+    run_gangs("train", tmp_path, ["fsdp1"], device="cuda")
+    for optimizer in ("lamb", "adamw", "adam", "adafactor"):
+        found, expected = (load_file(path) for path in (tmp_path / f"fsdp1-{optimizer}-0.safetensors", trained / f"one-{optimizer}-0.safetensors"))
+        for name, tensor in found.items():
+            torch.testing.assert_close(tensor, expected[name], rtol=1e-5, atol=1e-8, msg=lambda text, name=name: f"{name}: {text}")
+    run_gangs("save", tmp_path, ["fsdp1"], device="cuda")
+    shutil.copytree(saved / "fsdp4", tmp_path / "fsdp4")
+    run_gangs("load", tmp_path, ["fsdp1"], device="cuda")
+    for source in ("fsdp1", "fsdp4"):
+        _same(load_file(tmp_path / f"{source}-as-fsdp1-0.safetensors"), load_file(saved / "expected-1.safetensors"))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
