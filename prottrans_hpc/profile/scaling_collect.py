@@ -29,7 +29,8 @@ def collect(folder: StudyDir, study: Study) -> Scaling:
     first = runs[first_dir]
     record = architecture.get(first.recipe.architecture.name)
     parameters = record.num_parameters(record.size(first.recipe.architecture.size).shape)
-    environment = durable.read_json(first_dir.environment_json)
+    largest = max(points, key=lambda point: point.nodes)
+    environment = durable.read_json(folder.path / largest.run_dir / first_dir.environment_json.name)
     residues = [total / point.nodes for point in points for total in point.residues]
     return Scaling(
         recipe=study.recipe_name,
@@ -43,10 +44,18 @@ def collect(folder: StudyDir, study: Study) -> Scaling:
         ranks_per_node=first.allocation.ranks_per_node,
         residues_per_node_step=statistics.mean(residues) if study.mode == "weak" else None,
         peak_tflops_rank=_peak_tflops(first),
-        hardware={key: environment[key] for key in ("devices", "cpu", "operating_system", "cuda", "starter") if key in environment},
+        hardware=_hardware(environment, largest.ranks, is_local=first.machine.scheduler == "local"),
         versions={str(name): str(version) for name, version in environment["versions"].items()},
         points=points,
     )
+
+
+def _hardware(environment: Record, num_ranks: int, *, is_local: bool) -> dict[str, Any]:
+    """What the largest point ran on."""
+    hardware = {key: environment[key] for key in ("devices", "cpu", "operating_system", "cuda", "starter") if environment.get(key) is not None}
+    cores = environment["cpu"]["usable_cores"]
+    shares = is_local and num_ranks > cores and environment.get("cuda") is None
+    return hardware | ({"note": f"{num_ranks} ranks shared {cores} cores of one computer: the overhead holds that"} if shares else {})
 
 
 def _peak_tflops(run: Run) -> float | None:
