@@ -31,7 +31,7 @@ from .node_timings import NodeTimings
 from .optim import Optimizer, SumOverRanks, build_optimizer
 from .records import Records
 from .saving import Saver
-from .stragglers import ComputeTimer, Stragglers
+from .stragglers import Stragglers
 from .timing import StepTiming
 
 if TYPE_CHECKING:
@@ -79,7 +79,6 @@ class Session:
     """On rank 0 only."""
     peak_flops: float | None
     """Of all ranks' GPUs together in this precision, per second; None when the machine profile does not say."""
-    timer: ComputeTimer
     timing: StepTiming
     node_timings: NodeTimings = field(default_factory=NodeTimings)
     """Whatever is put there goes nowhere until the stage gives it a file."""
@@ -167,7 +166,6 @@ def open_session(run: Run, run_dir: RunDir, comm: Comm, *, index: Index, start_i
         saver=Saver(run_dir, comm, recipe.checkpoint, start_id=start_id),
         records=records,
         peak_flops=_peak_flops(run, comm),
-        timer=ComputeTimer(comm.device),
         timing=timing,
     )
 

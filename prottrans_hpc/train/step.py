@@ -21,6 +21,7 @@ from .loader import LoadedStep
 from .optim import measure_gradients
 from .schedule import learning_rate
 from .session import Session
+from .timing import compute_s
 
 _log = logging.getLogger(__name__)
 
@@ -110,7 +111,6 @@ def step_seed(seed: int, *, step: int, rank: int) -> int:
 def _forward_backward(session: Session, loaded: LoadedStep, multiplier: float) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients times `multiplier`, summed over micro batches and ranks; the loss of each micro batch, the correct targets and the sums of
     the loss's parts stay on the device."""
-    session.timer.begin()
     if loaded.begins_lanes:
         session.memory.forget()
     losses: list[Tensor] = []
@@ -120,7 +120,6 @@ def _forward_backward(session: Session, loaded: LoadedStep, multiplier: float) -
     for index, batch in enumerate(on_device(batches, session.comm.device)):
         with session.model.no_sync() if index < last else contextlib.nullcontext():
             losses.append(_one(session, session.memory.put_into(batch, index), sums, multiplier, index))
-    session.timer.end()
     with session.timing.part("exposed_comm"):
         session.model.finish_gradients()
     return torch.stack(losses), sums[0], sums[1:]
@@ -179,7 +178,7 @@ def _exchange(session: Session, loaded: LoadedStep, losses: Tensor, sums: Tensor
     own += lane_sums
     if not session.counts:
         own = (own[0], *(0.0 for _ in own[1:]))
-    session.stragglers.add(session.timer.seconds(), loaded.num_tokens)
+    session.stragglers.add(compute_s(ledger), loaded.num_tokens)
     session.node_timings.put(loaded.step + 1, ledger)
     addends = (own, session.stragglers.report(loaded.step + 1), session.saver.report(), (1.0, *ledger))
     with session.timing.part("exposed_comm"):

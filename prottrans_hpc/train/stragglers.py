@@ -1,7 +1,7 @@
-"""Nodes that are slow step after step: every rank times its own forward and backward passes, and all learn who lags.
+"""Nodes that are slow step after step: every rank knows from its ledger how long it computed, and all learn who lags.
 
-What is timed ends before the rank waits for others, so a slow node shows on itself and not on those that wait for it;
-checkpoints, validation and the data are outside. A rank keeps the medians over a window of steps, and once a window
+What the ledger counts as work is no waiting for others, so a slow node shows on itself and not on those that wait for it;
+checkpoints, validation and the data are parts of their own. A rank keeps the medians over a window of steps, and once a window
 puts them into its two slots of the status all-reduce: no collective more, and at 5,616 ranks 90 kB every
 `health.slow_window_steps` steps. Slots a rank and not a node, because a node's sum would hide one slow GPU of six.
 A rank counts as slow only if both its time and its time a token stand out: more work is no fault of a node's.
@@ -9,13 +9,10 @@ A rank counts as slow only if both its time and its time a token stand out: more
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import median, median_low
-
-import torch
 
 from ..recipe_health import Health
 
@@ -40,32 +37,6 @@ class Verdict:
     factor: float
     """By which the worst of them is slower than the median rank, over the windows that told."""
     is_slow: bool
-
-
-class ComputeTimer:
-    """Seconds from the begin of a step to the end of its last backward pass: of the host, or of the GPU's stream."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if device.type == "cuda" else []  # type: ignore[no-untyped-call]
-        self._began = self._ended = 0.0
-
-    def begin(self) -> None:
-        """Before the first forward pass."""
-        if self._events:
-            self._events[0].record()
-        else:
-            self._began = time.perf_counter()
-
-    def end(self) -> None:
-        """After the last backward pass, before anything waits for other ranks."""
-        if self._events:
-            self._events[1].record()
-        else:
-            self._ended = time.perf_counter()
-
-    def seconds(self) -> float:
-        """Once the device was waited for."""
-        return self._events[0].elapsed_time(self._events[1]) / 1e3 if self._events else self._ended - self._began
 
 
 @dataclass

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
-import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import pytest
 
@@ -86,29 +84,7 @@ def test_only_the_end_of_a_window_makes_the_message_longer_and_one_rank_tells_no
     assert Stragglers(SETTINGS, SIX_NODES[:1], 0).report(4) == []
 
 
-@contextlib.contextmanager
-def held_up(pid: int) -> Iterator[None]:
-    """The process is stopped three quarters of the time."""
-    over = threading.Event()
-
-    def pulse() -> None:
-        with contextlib.suppress(ProcessLookupError):
-            while not over.is_set():
-                os.kill(pid, signal.SIGSTOP)
-                time.sleep(0.03)
-                os.kill(pid, signal.SIGCONT)
-                time.sleep(0.01)
-
-    thread = threading.Thread(target=pulse)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
-
-
-def test_a_rank_that_is_held_up_is_named_in_the_log_and_in_the_history(tmp_path, make_run, start_ranks, history, prottrans) -> None:
+def test_a_rank_that_is_held_up_is_named_in_the_log_and_in_the_history(tmp_path, make_run, start_ranks, history, prottrans, held_up) -> None:
     quick = ("health.slow_window_steps=3", "health.slow_patience=2", "health.slow_factor=1.5", "phases.0.steps=1000000", "validation.every_steps=0")
     folder = make_run(tmp_path / "run", *quick, "checkpoint.every_steps=1000000", num_ranks=2)
     gang = start_ranks(folder, 2, num_nodes=2)
