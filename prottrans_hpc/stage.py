@@ -56,6 +56,7 @@ STAGES = {
     "comm": "prottrans_hpc.profile.comm_stage:study",
     "project-scaling": "prottrans_hpc.profile.projection:project",
     "scale-report": "prottrans_hpc.profile.scaling_stage:report",
+    "memory-measure": "prottrans_hpc.profile.memory_stage:measure_policies",
     "embed": "prottrans_hpc.embed.stage:embed",
     "embed-item": "prottrans_hpc.embed.farm:run_item",
     "export": "prottrans_hpc.train.convert:export",

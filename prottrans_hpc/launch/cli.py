@@ -24,6 +24,7 @@ VERBS = {
     "preprocess": ("prottrans_hpc.launch.verbs.preprocess:preprocess", "Turn FASTA files into a corpus of shards."),
     "corpus": ("prottrans_hpc.launch.verbs.corpus:corpus", "Show what is in a corpus, or check every byte of it."),
     "plan": ("prottrans_hpc.launch.verbs.plan:plan", "Say what a training needs on a machine, and why."),
+    "memory": ("prottrans_hpc.launch.verbs.memory:memory", "Say what a training takes of a rank's memory, and how to spare some."),
     "pretrain": ("prottrans_hpc.launch.verbs.pretrain:pretrain", "Pre-train a model on a corpus; the same command resumes."),
     "project-scaling": ("prottrans_hpc.launch.verbs.project_scaling:project_scaling", "Predict how a training does on more nodes."),
     "scale": ("prottrans_hpc.launch.verbs.scale:scale", "Measure how a training scales over nodes, and report it."),

@@ -45,5 +45,7 @@ POLICIES = {
     "every layer": Policy(Memory(recompute_every=1), "layers are computed again from their inputs"),
     "LMS": Policy(Memory(lms_limit_gib=0.0), "what is kept waits in host memory"),
     "host optimizer": Policy(Memory(optimizer_on="host"), "the optimizer's state is in host memory, and the CPU updates"),
+    "LMS, host optimizer": Policy(Memory(lms_limit_gib=0.0, optimizer_on="host"), "both of these"),
+    "every layer, host optimizer": Policy(Memory(recompute_every=1, optimizer_on="host"), "both of these"),
 }
 """By name, from what keeps most."""
