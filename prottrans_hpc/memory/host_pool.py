@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import ResourceError
+
 _FINEST_BYTES = 4096
 
 
@@ -34,14 +36,23 @@ class HostPool:
         self._idle: defaultdict[int, list[Block]] = defaultdict(list)
 
     def take(self, num_bytes: int) -> Block:
-        """A block of at least so many bytes, with anything in it. Pinning memory takes as long as copying to it some ten times."""
+        """A block of at least so many bytes, with anything in it. Raises ResourceError where the host has no more memory."""
         size = rounded(num_bytes)
+        block = self._idle[size].pop() if self._idle[size] else self._new(size)
         self.bytes_in_use += size
-        if self._idle[size]:
-            return self._idle[size].pop()
+        return block
+
+    def _new(self, size: int) -> Block:
+        try:
+            with torch._C._DisableTorchDispatch():  # dispatch modes may be counting what is on the device
+                block = Block(torch.empty(size, dtype=torch.uint8, pin_memory=self.pinned))
+        except RuntimeError as error:
+            raise ResourceError(
+                f"large model support found no {size:,} bytes of {'pinned ' if self.pinned else ''}host memory beside the {self.bytes_in_all:,} that it has: "
+                "raise its limit on the device, recompute layers as well, or take smaller micro batches"
+            ) from error
         self.bytes_in_all += size
-        with torch._C._DisableTorchDispatch():  # dispatch modes may be counting what is on the device
-            return Block(torch.empty(size, dtype=torch.uint8, pin_memory=self.pinned))
+        return block
 
     def give(self, block: Block) -> None:
         """Take a block back."""

@@ -32,6 +32,9 @@ class Grave:
 class Moving(HasOrigin):
     """A saved storage. Whatever happens to it, happens under the lock of its owner; its end alone may come at any moment, on any thread."""
 
+    _graves: deque[Grave] | None = None
+    """None: it was never made whole."""
+
     def __init__(self, tensor: Tensor, number: int, graves: deque[Grave]) -> None:
         super().__init__(Origin(tensor))
         storage = tensor.untyped_storage()
@@ -62,6 +65,8 @@ class Moving(HasOrigin):
 
     def __del__(self) -> None:
         # No lock: this may run while this very thread holds it. What is left is buried by the next who does.
+        if self._graves is None:
+            return
         if self.is_back is not None and self.block is not None:
             self.block.free_after = self.is_back
         elif self.block is not None:

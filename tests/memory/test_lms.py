@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from prottrans_hpc.errors import ResourceError
 from prottrans_hpc.memory import lms as module
 from prottrans_hpc.profile.storage_tracker import StorageTracker
 
@@ -194,6 +195,13 @@ def test_nothing_is_kept_alive(support: Any, assert_nothing_is_left: Any) -> Non
     del lms
     gc.collect()
     assert handle() is None
+
+
+def test_no_more_host_memory_is_an_error_that_says_what_to_do(support: Any, assert_nothing_is_left: Any) -> None:
+    lms = support()
+    with pytest.raises(ResourceError, match="raise its limit on the device"):
+        lms.pool.take(1 << 60)
+    assert_nothing_is_left(lms)
 
 
 def test_blocks_are_used_again_in_the_next_step(support: Any, transformer: Any, gradients: Any) -> None:
