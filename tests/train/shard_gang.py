@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ from prottrans_hpc.rank import RankContext
 from prottrans_hpc.recipe import Checkpointing
 from prottrans_hpc.recipe_optimizers import Adafactor, Adam, AdamW, Lamb
 from prottrans_hpc.run_dir import RunDir
-from prottrans_hpc.train import checkpoint, optim, pieces, precision, tensor_file
+from prottrans_hpc.train import checkpoint, optim, pieces, precision, resume, tensor_file
 from prottrans_hpc.train.saving import Saver
 
 # Odd sizes, fewer rows than ranks, a stack of matrices, and a tensor that LAMB must leave to a ratio of 1.
@@ -192,6 +193,18 @@ def load(folder: Path, layout: str, comm: Any) -> None:
         (folder / f"{source}-as-{layout}-{comm.rank}.json").write_text(json.dumps(result))
 
 
+def begin_again(folder: Path, layout: str, comm: Any) -> None:
+    """The state before the first step, put into a model that has been trained: whether all of it is there."""
+    net, fresh = build(layout, 0), Net(3)
+    for chosen in OPTIMIZERS.values():
+        optimizer = optim.build_optimizer(net.named_parameters(), chosen, comm.all_reduce_sum)
+        fill(net, optimizer, 5)
+        precision.put_weights(net, {}, pieces.cut_all(fresh.state_dict(), like=net.state_dict()))
+        resume.forget_moments(SimpleNamespace(optimizer=optimizer))
+        assert all(torch.equal(tensor, fresh.state_dict()[name]) for name, tensor in whole(dict(net.state_dict())).items())
+        assert not any(tensor.any() for tensor in whole(dict(optimizer.state_dict())).values())
+
+
 @contextlib.contextmanager
 def noting_reads(opened: list[str]) -> Iterator[None]:
     """Put the names of the tensor files that are read in here into `opened`."""
@@ -208,7 +221,7 @@ def noting_reads(opened: list[str]) -> Iterator[None]:
         tensor_file.read = real
 
 
-SCENARIOS: dict[str, Callable[[Path, str, Any], None]] = {"train": train, "save": save, "load": load}
+SCENARIOS: dict[str, Callable[[Path, str, Any], None]] = {"train": train, "save": save, "load": load, "begin again": begin_again}
 
 
 def run_rank(rank: int, scenario: str, folder: Path, layouts: list[str]) -> None:

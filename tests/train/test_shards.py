@@ -199,6 +199,10 @@ def test_a_missing_piece_is_named(saved: Path, tmp_path: Path) -> None:
         checkpoint.read_checkpoint(damaged)
 
 
+def test_a_cut_model_begins_again_with_nothing_left_of_its_steps(tmp_path: Path) -> None:
+    run_gangs("begin again", tmp_path, ["fsdp2xtp2", "hybrid2x2"])
+
+
 def test_killed_before_touches_of_the_file_system_by_either_rank(tmp_path: Path) -> None:
     command, environment = [sys.executable, str(HERE / "crash_shards.py"), str(tmp_path)], os.environ | {"PYTHONPATH": str(HERE.parents[1])}
     done = subprocess.run(command, env=environment | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
