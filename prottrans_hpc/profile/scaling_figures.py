@@ -11,21 +11,12 @@ from typing import TYPE_CHECKING
 from .. import durable
 from ..errors import missing_package
 from .scaling import PARTS
+from .scaling_projected import Projected
 from .scaling_rows import Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-
-@dataclass(frozen=True)
-class Projected:
-    """A size that was not measured."""
-
-    nodes: int
-    step_s: float
-    overhead: float
-    efficiency: float
 
 
 @dataclass(frozen=True)
@@ -69,6 +60,8 @@ def draw_overhead(shown: Shown) -> Figure:
     above = [100 * max(0.0, row.overhead_high - row.overhead) for row in shown.rows]
     axes.errorbar(nodes, values, yerr=[below, above], fmt="o-", capsize=4, color="tab:blue", label="measured, 95 % interval")
     _add_projection(axes, shown, lambda point: 100 * point.overhead)
+    low, high = [100 * point.overhead_low for point in shown.projected], [100 * point.overhead_high for point in shown.projected]
+    axes.fill_between([point.nodes for point in shown.projected], low, high, color="tab:orange", alpha=0.15, linewidth=0)
     axes.axhline(0.0, color="black", linewidth=0.8)
     axes.set(title=f"Scaling overhead: {shown.title}", ylabel="overhead, %")
     _finish(axes, shown)

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
 from .scaling import Scaling
-from .scaling_figures import Projected
+from .scaling_projected import Projection
 from .scaling_rows import COLUMNS, Outlier, Row, cell
 
 _STYLE = """
@@ -35,10 +35,10 @@ document.documentElement.dataset.ready = "yes";
 """
 
 
-def render_report(scaling: Scaling, rows: Sequence[Row], outliers: Sequence[Outlier], projected: Sequence[Projected], pictures: Mapping[str, bytes]) -> str:
+def render_report(scaling: Scaling, rows: Sequence[Row], outliers: Sequence[Outlier], projection: Projection, pictures: Mapping[str, bytes]) -> str:
     """The page; `pictures` are SVGs called overhead, throughput, ledger and ledger-share."""
     title = f"Scaling of {scaling.recipe} on {scaling.machine}"
-    data = {"rows": [asdict(row) for row in rows], "projected": [asdict(point) for point in projected]}
+    data = {"rows": [asdict(row) for row in rows], "projected": [asdict(point) for point in projection.points]}
     parts = [
         f"<h1>{_text(title)}</h1>",
         f"<p><strong>{_text(headline(rows))}</strong></p>",
@@ -47,7 +47,7 @@ def render_report(scaling: Scaling, rows: Sequence[Row], outliers: Sequence[Outl
         _figure("throughput", pictures, "Residues a second of the whole gang; the dotted line is what the smallest size promises."),
         "<h2>The numbers</h2>",
         _rows_table(rows),
-        _projected_table(projected),
+        _projected_part(projection),
         "<h2>Where the time goes</h2>",
         '<p><button id="ledger-toggle" type="button">Show shares</button></p>',
         f'<div id="ledger-seconds">{_figure("ledger", pictures, _LEDGER)}</div>',
@@ -112,12 +112,15 @@ def _rows_table(rows: Sequence[Row]) -> str:
     return f'<div class="wide"><table id="measured"><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table></div>'
 
 
-def _projected_table(projected: Sequence[Projected]) -> str:
-    if not projected:
+def _projected_part(projection: Projection) -> str:
+    if not projection.points:
         return ""
-    body = "\n".join(f'<tr class="projected">{"".join(f"<td>{cell(value)}</td>" for value in asdict(point).values())}</tr>' for point in projected)
-    head = "<tr><th>nodes</th><th>step_s</th><th>overhead</th><th>efficiency</th></tr>"
-    return f'<h2>Projected, not measured</h2>\n<table id="projected"><thead>{head}</thead><tbody>\n{body}\n</tbody></table>'
+    head = "".join(f"<th>{name}</th>" for name in asdict(projection.points[0]))
+    body = "\n".join(f'<tr class="projected">{"".join(f"<td>{cell(value)}</td>" for value in asdict(point).values())}</tr>' for point in projection.points)
+    remarks = "".join(f"<li>{_text(line)}</li>\n" for line in projection.remarks)
+    return f'<h2>Projected, not measured</h2>\n<table id="projected"><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table>\n' + (
+        f'<ul class="note">\n{remarks}</ul>' if remarks else ""
+    )
 
 
 def _outlier_words(outliers: Sequence[Outlier]) -> str:

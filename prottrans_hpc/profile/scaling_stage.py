@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from .. import durable, terminal
-from ..errors import CheckpointError, DataError
+from ..errors import CheckpointError
 from ..scaling_study import StudyDir, read_study
 from ..stage import Request
 from .scaling import Scaling, read_scaling, write_scaling
 from .scaling_collect import collect
-from .scaling_figures import Projected, Shown, draw_ledger, draw_overhead, draw_throughput, svg_of, write_png
+from .scaling_figures import Shown, draw_ledger, draw_overhead, draw_throughput, svg_of, write_png
 from .scaling_html import headline, outlier_line, render_report
+from .scaling_projected import read_projection
 from .scaling_rows import csv_text, outliers_of, rows_of
 
 
@@ -23,14 +23,14 @@ def report(request: Request) -> None:
     """
     folder = StudyDir(Path(request["out"]))
     scaling = _scaling_of(folder)
-    rows, outliers, projected = rows_of(scaling), outliers_of(scaling), read_projection(folder)
+    rows, outliers, projection = rows_of(scaling), outliers_of(scaling), read_projection(folder)
     durable.write_bytes(folder.scaling_csv, csv_text(rows).encode())
-    shown = Shown(f"{scaling.recipe} on {scaling.machine}", rows, projected)
+    shown = Shown(f"{scaling.recipe} on {scaling.machine}", rows, projection.points)
     figures = {"overhead": draw_overhead(shown), "throughput": draw_throughput(shown), "ledger": draw_ledger(shown)}
     for name, figure in figures.items():
         write_png(figure, folder.path / f"{name}.png")
     pictures = {name: svg_of(figure) for name, figure in figures.items()} | {"ledger-share": svg_of(draw_ledger(shown, as_share=True))}
-    durable.write_bytes(folder.report_html, render_report(scaling, rows, outliers, projected, pictures).encode())
+    durable.write_bytes(folder.report_html, render_report(scaling, rows, outliers, projection, pictures).encode())
     terminal.note(headline(rows))
     for outlier in outliers:
         terminal.note(f"stands out: {outlier_line(outlier)}")
@@ -46,15 +46,3 @@ def _scaling_of(folder: StudyDir) -> Scaling:
     scaling = collect(folder, read_study(folder))
     write_scaling(folder.scaling_json, scaling)
     return scaling
-
-
-def read_projection(folder: StudyDir) -> Sequence[Projected]:
-    """The sizes that `prottrans project-scaling` has written beside the study, ascending. Raises DataError when the file is damaged."""
-    if not folder.projection_json.is_file():
-        return ()
-    try:
-        points = durable.read_json(folder.projection_json)["points"]
-        found = [Projected(int(p["nodes"]), float(p["step_s"]), float(p["overhead"]), float(p["efficiency"])) for p in points]
-    except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{folder.projection_json} is damaged: {type(error).__name__}: {error}. Make it again with prottrans project-scaling") from error
-    return sorted(found, key=lambda point: point.nodes)

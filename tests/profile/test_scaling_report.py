@@ -19,7 +19,14 @@ from prottrans_hpc.profile.scaling_stage import report
 
 SAMPLE = Path(__file__).with_name("scaling.json")
 PROJECTION = {
-    "points": [{"nodes": 936, "step_s": 1.12, "overhead": 0.12, "efficiency": 0.893}, {"nodes": 64, "step_s": 1.1, "overhead": 0.11, "efficiency": 0.9}]
+    "points": [
+        {"nodes": 936, "step_s": 1.12, "overhead": 0.12, "overhead_low": 0.08, "overhead_high": 0.15, "efficiency": 0.893},
+        {"nodes": 64, "step_s": 1.1, "overhead": 0.11, "efficiency": 0.9},
+    ],
+    "fit": {"text": "ring"},
+    "hold_out": {"nodes": 8, "predicted_s": 0.98, "measured_s": 1.0, "error": -0.02},
+    "assumptions": ["links stay <as> they are"],
+    "warnings": ["few sizes"],
 }
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
 VOID = {"meta", "img", "br", "link", "input", "hr"}
@@ -89,6 +96,9 @@ def test_the_page_is_well_formed_and_shows_the_numbers_of_the_csv(folder):
     ids = [attributes["id"] for _, attributes in page.attributes if "id" in attributes]
     assert len(ids) == len(set(ids))
     assert "n6 (node 5 of 8): 15 % slower" in (folder / "report.html").read_text()
+    assert page.tables["projected"][2] == ["936", "1.12", "0.12", "0.08", "0.15", "0.893"]
+    for said in ("an error of -2.0 %", "Assumed: links stay &lt;as&gt; they are.", "Beware: few sizes."):
+        assert said in (folder / "report.html").read_text()
 
 
 def test_the_page_loads_nothing(folder):
