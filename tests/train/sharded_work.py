@@ -1,4 +1,4 @@
-"""What the tests of sharded models run as ranks: `sharded_work.py CORPUS CASES OUT`. Each rank leaves OUT/<rank>.json.
+"""What the tests of sharded models run as ranks: `sharded_work.py CORPUS CASES OUT DEVICE`. Each rank leaves OUT/<rank>.json.
 
 A case is {"name", "recipe", "settings", "layout": [replicas, shards, tensor]}. All ranks train it for some steps of
 real proteins, cut, with its share; and rank 0 alone and whole, with all of it.
@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from prottrans_hpc import architecture, comm, comm_sharded, errors, rank
+from prottrans_hpc import architecture, comm, comm_sharded, comm_torch, errors, rank
 from prottrans_hpc.corpus.index import read_index
 from prottrans_hpc.corpus.order import SamplePosition
 from prottrans_hpc.corpus.reader import Corpus
@@ -30,6 +30,7 @@ from prottrans_hpc.train import precision
 from prottrans_hpc.train.lane_loader import load_lane_steps
 from prottrans_hpc.train.lane_memory import LaneMemory
 from prottrans_hpc.train.loader import Share, load_steps
+from prottrans_hpc.train.step import on_device
 
 NUM_STEPS, LEARNING_RATE = 2, 0.05
 
@@ -37,7 +38,8 @@ NUM_STEPS, LEARNING_RATE = 2, 0.05
 class Case:
     """One model and the steps that it takes."""
 
-    def __init__(self, corpus: Corpus, case: dict[str, Any]) -> None:
+    def __init__(self, corpus: Corpus, case: dict[str, Any], device: torch.device) -> None:
+        self.device = device
         self.recipe = read_recipe(case["recipe"], tuple(case["settings"]))
         self.record = architecture.get(self.recipe.architecture.name)
         self.layout, self.corpus = ParallelLayout(*case["layout"]), corpus
@@ -58,7 +60,7 @@ class Case:
             model.zero_gradients()
             loss, batches = 0.0, loaded.micro_batches
             tokens, targets = total([sum(len(batch.tokens) for batch in batches), loaded.num_targets])
-            for index, batch in enumerate(batches):
+            for index, batch in enumerate(on_device(batches, self.device)):
                 if self.record.counts_tokens:
                     batch = replace(batch, tokens_per_target=tokens / targets)
                 with model.no_sync() if index < len(batches) - 1 else forward.nothing():
@@ -84,14 +86,15 @@ def descend(module, rate):
 @torch.no_grad()
 def whole_weights(module):
     """Brought together from all ranks; and what each has of them, as bits."""
-    weights = {name: parameter.full_tensor() for name, parameter in module.named_parameters()}
+    weights = {name: parameter.full_tensor().cpu() for name, parameter in module.named_parameters()}
     return weights, hashlib.sha256(b"".join(weight.numpy().tobytes() for weight in weights.values())).hexdigest()
 
 
 @torch.no_grad()
 def furthest(weights, reference):
     """How far weights are from the reference's, relative to the largest of each tensor."""
-    return max(float((weights[name] - whole).abs().max() / whole.abs().max().clamp(min=1e-2)) for name, whole in reference.named_parameters())
+    whole = {name: parameter.cpu() for name, parameter in reference.named_parameters()}
+    return max(float((weights[name] - whole[name]).abs().max() / whole[name].abs().max().clamp(min=1e-2)) for name in whole)
 
 
 class Forward:
@@ -107,7 +110,7 @@ class Forward:
 
 
 def run(case: Case, ranks, *, dies: bool) -> dict[str, Any]:
-    context = precision.forward_context(case.recipe.precision, torch.device("cpu"))
+    context = precision.forward_context(case.recipe.precision, case.device)
     module = case.module()
     model = comm_sharded.shard(ranks, module, case.layout, case.record.tensor_parallel.split if case.layout.num_tensor > 1 else {})
     counts = case.layout.tensor_index(ranks.rank) == 0
@@ -125,7 +128,7 @@ def run(case: Case, ranks, *, dies: bool) -> dict[str, Any]:
     weights, digest = whole_weights(module)
     report = {"losses": losses, "digest": digest, "held": sum(parameter.to_local().numel() for parameter in module.parameters())}
     if ranks.rank == 0:
-        alone = comm.SoloModel(case.module())
+        alone = comm.SoloModel(case.module().to(case.device))
         report |= {"expected": case.train(alone, Share(0, 1), Forward(context), list), "furthest": furthest(weights, alone.module)}
     return report | {"whole": sum(weight.numel() for weight in weights.values())}
 
@@ -136,10 +139,11 @@ def main() -> int:
     context = rank.detect(os.environ)
     corpus = Corpus(read_index(corpus_path), "train")
     report: dict[str, Any] = {"rank": context.rank}
-    ranks = comm.open_comm(Parallel(timeout_s=60), context, run_dir=out, device=torch.device("cpu"))
+    device = torch.device(sys.argv[4])
+    ranks = comm_torch.open_torch(Parallel(timeout_s=60), context, run_dir=out, device=device)  # one rank, too
     try:
         for case in cases:
-            report[case["name"]] = run(Case(corpus, case), ranks, dies="dies" in case["name"])
+            report[case["name"]] = run(Case(corpus, case, device), ranks, dies="dies" in case["name"])
     except errors.ProttransError as error:
         report["error"] = [type(error).__name__, str(error)]
     (out / f"{context.rank}.json").write_text(json.dumps(report))

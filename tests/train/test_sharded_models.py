@@ -42,12 +42,12 @@ CASES = {
 }
 
 
-def _start(folder: Path, corpus: Path, cases: list[dict[str, Any]], num_ranks: int) -> list[subprocess.Popen[str]]:
+def _start(folder: Path, corpus: Path, cases: list[dict[str, Any]], num_ranks: int, device: str = "cpu") -> list[subprocess.Popen[str]]:
     shared = os.environ | {"PYTHONPATH": str(WORK.parents[2]), "OMP_NUM_THREADS": "1", "PROTTRANS_NONCE": secrets.token_hex(8)}
     processes = []
     for rank in range(num_ranks):
         place = {"RANK": rank, "WORLD_SIZE": num_ranks, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": num_ranks, "NODE_RANK": 0}
-        argv = ["timeout", "-k", "5", "240", sys.executable, str(WORK), str(corpus), json.dumps(cases), str(folder)]
+        argv = ["timeout", "-k", "5", "240", sys.executable, str(WORK), str(corpus), json.dumps(cases), str(folder), device]
         own = shared | {f"PROTTRANS_{name}": str(value) for name, value in place.items()}
         processes.append(subprocess.Popen(argv, env=own, stderr=subprocess.PIPE, text=True))
     return processes
@@ -96,3 +96,15 @@ def test_the_death_of_a_rank_in_the_forward_pass_is_told(tmp_path: Path, small_c
     assert codes[0] == 0, processes[0].communicate()[1]
     kind, text = json.loads((tmp_path / "0.json").read_text())["error"]
     assert kind == "RankLostError" and "forward pass of a sharded model" in text
+
+
+@pytest.mark.gpu
+def test_a_gpu_gets_a_model_layer_by_layer(tmp_path: Path, small_corpus: Path) -> None:
+    """One rank over NCCL: nothing is cut, but everything goes the way of what is."""
+    cases = [_case("tiny_prot_bert", "alone", [1, 1, 1]), _case("tiny_prot_t5", "alone, bf16", [1, 1, 1], "precision=bf16")]
+    (process,) = _start(tmp_path, small_corpus, cases, 1, "cuda")
+    said = process.communicate()[1]
+    assert process.returncode == 0, said
+    for name, report in json.loads((tmp_path / "0.json").read_text()).items():
+        if name != "rank":
+            assert report["losses"] == pytest.approx(report["expected"], rel=1e-4), name
