@@ -122,7 +122,7 @@ def _exposed_lines(part: dict[str, Any]) -> list[str]:
     study = part["study"]
     lines = [f"{study['recipe']} on {study['machine']} over {study['comm']}, {study['residues_per_node_step']:,.0f} residues a node and step.", ""]
     lines += [
-        "The nodes of the testbed are namespaces with a Slurm of their own, and all share this computer's cores: steps grow with them, and only the ledger tells why.",
+        "The nodes of the testbed are namespaces with a Slurm of their own that share the cores of one computer: steps grow, and the ledger tells why.",
         "",
     ]
     lines += ["| nodes | step s | exposed communication | target | wait for the slowest node |", "|---|---|---|---|---|"]
