@@ -140,8 +140,6 @@ def run_in_foreground(order: Order, missing: Sequence[StudyPoint]) -> list[str]:
         if code:
             failures.append(_failure(plan.run_dir, code))
             terminal.warn(failures[-1])
-        else:
-            forget_checkpoints(plan.run_dir)
     return failures
 
 
@@ -157,9 +155,12 @@ def _failure(directory: RunDir, code: int | None) -> str:
     return f"{directory.path.name} has not taken its steps ({meaning}); logs: {directory.node_log(0).parent}"
 
 
-def forget_checkpoints(directory: RunDir) -> None:
-    """The state of a run that was only to be timed."""
-    shutil.rmtree(directory.checkpoints, ignore_errors=True)
+def forget_checkpoints(order: Order) -> None:
+    """Remove the states of runs that were only to be timed; one whose job still writes it is left to the next time."""
+    for point in order.study.points():
+        found = order.folder.measured(order.study, point)
+        if found is not None and found.checkpoints.exists() and not _alive_job(found):
+            shutil.rmtree(found.checkpoints, ignore_errors=True)
 
 
 def submit_each(order: Order, standing: Standing) -> list[RunDir]:

@@ -43,3 +43,4 @@ def test_a_study_on_slow_links(cluster: Cluster, small_corpus: Path, tmp_path: P
     assert "2 points measured; to run, in this order: n0003-r1" in followed.stderr
     assert list(rows_of(out)) == ["1", "2", "3"]
     assert cluster.job_ids(out / "points" / "n0003-r1") != [job_id]
+    assert list(out.glob("points/*/checkpoints")) == []

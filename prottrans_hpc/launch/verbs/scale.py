@@ -169,6 +169,9 @@ def _introduce(order: Order, standing: Standing) -> None:
 
 def _conclude(order: Order, failures: list[str]) -> int:
     """The report of what is measured; a study with failed points is not done."""
+    from .. import scale
+
+    scale.forget_checkpoints(order)
     run_here("scale-report", {"out": str(order.folder.path)})
     if failures:
         raise errors.ResourceError(f"{len(failures)} points failed and are not in the report: {'; '.join(failures)}. The same command tries them again")
