@@ -174,4 +174,6 @@ def choose(parallel: Parallel, groups: NodeGroups | None, hold: Hold) -> Reducti
         _log.info("parallel.reduction is hierarchical, which takes several nodes of equally many ranks, two or more: flat is used here")
     if groups is None and parallel.compression == "none":
         return None
+    if parallel.compression == "powersgd":
+        _log.info("powersgd begins with nothing left out: what it leaves out is kept in memory alone, so a resumed run takes other steps than an unbroken one")
     return COMPRESSIONS[parallel.compression](parallel, groups, hold)

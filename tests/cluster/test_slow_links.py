@@ -43,6 +43,7 @@ def test_a_node_behind_a_slow_link_is_named_and_does_not_pass_the_gate(cluster: 
     assert (tmp_path / "preflight" / "job.exit-code").read_text().strip() == str(errors.NO_RESOURCES), log
     found = json.loads((tmp_path / "preflight" / "comm.json").read_text())
     assert "n3" in found["hosts"]
-    assert [(slow["host"], slow["what"]) for slow in found["slow_nodes"] if slow["what"] == "link"] == [("n3", "link")]
-    assert found["slow_nodes"][0]["factor"] > 4
+    worst = next(slow for slow in found["slow_nodes"] if slow["what"] == "link")  # a busy machine may slow another one down as well
+    assert worst["host"] == "n3"
+    assert worst["factor"] > 4
     assert "(n3), its link to other nodes" in log

@@ -12,7 +12,7 @@ import threading
 from pathlib import Path
 
 import torch
-from rank_work import Net, gradients, net, samples, take_step
+from rank_work import gradients, net, samples, take_step
 
 from prottrans_hpc import comm, errors, rank
 from prottrans_hpc.recipe_parallel import Parallel
@@ -27,16 +27,16 @@ def whole(step, factor=1.0):
 
 def relative_error(found, exact):
     """Of the gradient that is furthest off."""
-    return max(float((found[name].double() - exact[name]).norm() / exact[name].norm()) for name in exact)
+    return max(float((found[name].double().cpu() - exact[name]).norm() / exact[name].norm()) for name in exact)
 
 
 def digest(found):
-    return hashlib.sha256(b"".join(found[name].numpy().tobytes() for name in sorted(found))).hexdigest()
+    return hashlib.sha256(b"".join(found[name].cpu().numpy().tobytes() for name in sorted(found))).hexdigest()
 
 
 def third_step(ranks, first):
     """Digest of the gradients of step 3 in a start that begins with step `first`, and the module."""
-    module = net(seed=0)
+    module = net(seed=0).to(ranks.device)
     model = ranks.parallel(module, 1)
     for step in range(first, 4):
         take_step(model, ranks, step)
@@ -59,7 +59,7 @@ def scales(ranks):
         module = net(seed=0)
         model = ranks.parallel(module, 1)
         model.zero_gradients()
-        model.backward(model.module(samples(1)[ranks.rank :: ranks.world_size]) * factor)
+        model.backward(model.module(samples(1)[ranks.rank :: ranks.world_size].to(ranks.device)) * factor)
         model.finish_gradients()
         found[str(factor)] = relative_error(gradients(module), whole(1, factor))
     return found
@@ -67,12 +67,12 @@ def scales(ranks):
 
 def poisoned(ranks):
     """An undefined number on one rank reaches all ranks, and no later step."""
-    module = net(seed=0)
+    module = net(seed=0).to(ranks.device)
     model = ranks.parallel(module, 1)
     states = []
     for step in (1, 2, 3):
         model.zero_gradients()
-        own = samples(step)[ranks.rank :: ranks.world_size]
+        own = samples(step)[ranks.rank :: ranks.world_size].to(ranks.device)
         model.backward(model.module(own * float("nan") if step == 2 and ranks.rank == 1 else own))
         model.finish_gradients()
         states.append(all(bool(gradient.isfinite().all()) for gradient in gradients(module).values()))
@@ -83,21 +83,21 @@ def feedback(ranks):
     """The same gradients step after step: what was left out of one comes with the next ones, so their mean comes nearer."""
     if ranks.settings.compression != "powersgd":
         return None
-    module = net(seed=0)
+    module = net(seed=0).to(ranks.device)
     model = ranks.parallel(module, 1)
     exact, errors_of_mean = whole(1), []
     total = {name: torch.zeros_like(value) for name, value in exact.items()}
     for count in range(1, 25):
         take_step(model, ranks, 1)
         for name, gradient in gradients(module).items():
-            total[name] += gradient
+            total[name] += gradient.cpu()
         errors_of_mean.append(relative_error({name: value / count for name, value in total.items()}, exact))
     return {"errors": errors_of_mean}
 
 
 def killed(ranks):
     """Steps for ever; the last rank dies half a second into them."""
-    model = ranks.parallel(Net(), 1)
+    model = ranks.parallel(net(seed=0).to(ranks.device), 1)
     for step in range(10**9):
         take_step(model, ranks, step)
         if step == 2 and ranks.rank == ranks.world_size - 1:
@@ -116,7 +116,7 @@ def main():
         for name, setting in settings.items():
             meeting = out / f"meeting-{name}"
             meeting.mkdir(exist_ok=True)
-            ranks = comm.open_comm(Parallel(timeout_s=60, **setting), context, run_dir=meeting, device=torch.device("cpu"))
+            ranks = comm.open_comm(Parallel(timeout_s=60, **setting), context, run_dir=meeting)
             report[name] = {scenario: SCENARIOS[scenario](ranks) for scenario in scenarios}
             ranks.close()
     except errors.ProttransError as error:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from prottrans_hpc import recipe
 from prottrans_hpc.comm_reduction import node_members
@@ -34,15 +35,15 @@ class Ended:
     reports: list[dict[str, Any]]
 
 
-def run(folder: Path, scenarios: str, settings: dict[str, dict[str, Any]], places=TWO_NODES) -> Ended:
-    """Ranks at these places (node rank, local rank)."""
+def run(folder: Path, scenarios: str, settings: dict[str, dict[str, Any]], places=TWO_NODES, *, gpus: bool = False) -> Ended:
+    """Ranks at these places (node rank, local rank), on CPUs or with a GPU each."""
     shared = os.environ | {"PYTHONPATH": str(WORK.parents[2]), "OMP_NUM_THREADS": "1", "PROTTRANS_NONCE": secrets.token_hex(8)}
     processes = []
     for rank, (node, local) in enumerate(places):
         mates = sum(other == node for other, _ in places)
         place = {"RANK": rank, "WORLD_SIZE": len(places), "LOCAL_RANK": local, "LOCAL_WORLD_SIZE": mates, "NODE_RANK": node}
         argv = ["timeout", "-k", "5", "200", sys.executable, str(WORK), scenarios, json.dumps(settings), str(folder)]
-        own = shared | {f"PROTTRANS_{name}": str(value) for name, value in place.items()}
+        own = shared | {"CUDA_VISIBLE_DEVICES": str(rank) if gpus else ""} | {f"PROTTRANS_{name}": str(value) for name, value in place.items()}
         processes.append(subprocess.Popen(argv, env=own, stderr=subprocess.PIPE, text=True))
     errors = [process.communicate()[1] for process in processes]
     written = [folder / f"{rank}.json" for rank in range(len(places))]
@@ -115,6 +116,20 @@ def test_a_rank_that_dies_ends_the_others_in_time(tmp_path: Path) -> None:
     ended = run(tmp_path, "killed", {"none": HIERARCHICAL})
     assert ended.codes[:3] == [RankLostError.exit_code] * 3, ended.stderr
     assert [report["error"] for report in ended.reports] == ["RankLostError"] * 3
+
+
+@pytest.mark.gpu
+def test_four_gpus_get_the_same_bits_on_every_rank_and_in_every_start(tmp_path: Path) -> None:
+    if torch.cuda.device_count() < 4:
+        pytest.skip("two nodes of two ranks take four GPUs")
+    ended = run(tmp_path, "sums,poisoned", {name: SETTINGS[name] for name in ("none", "fp16", "bf16", "powersgd")}, gpus=True)
+    assert set(ended.codes) == {0}, ended.stderr
+    for name, most in (("none", 2e-6), ("fp16", 2.0**-11), ("bf16", 2.0**-8), ("powersgd", 2.0)):
+        sums = [report[name]["sums"] for report in ended.reports]
+        assert len({one["straight"] for one in sums}) == 1
+        assert sums[0]["error"] <= most
+        assert sums[0]["resumed"] == sums[0]["again"]
+        assert [report[name]["poisoned"]["finite"] for report in ended.reports] == [[True, False, True]] * 4
 
 
 @pytest.mark.parametrize(
