@@ -8,7 +8,7 @@ Sources: Hockney 1994, The communication challenge for MPP; Thakur, Rabenseifner
 Collective Communication Operations in MPICH (ring, recursive doubling, recursive halving and doubling); Rabenseifner
 2004, Optimization of Collective Reduction Operations; Patarasuk and Yuan 2009, Bandwidth optimal all-reduce algorithms
 (the ring, and that no all-reduce sends less than 2 (p - 1) / p n); Sanders, Speck and Traeff 2009, Two-tree algorithms for full
-bandwidth broadcast, reduction and scan; Cho et al. 2017, PowerAI DDL (one reduction a level of the machine).
+bandwidth broadcast, reduction and scan; Cho et al. 2019, BlueConnect (one reduction a level of the machine, by the authors of IBM's DDL).
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def tree(num_bytes: Number, num_nodes: int, fabric: Fabric) -> Number:
 
 
 def hierarchical(num_bytes: Number, num_nodes: int, fabric: Fabric) -> Number:
-    """Reduce-scatter within each node, all-reduce between nodes of every rank's share, all-gather within (the idea of Cho et al. 2017).
+    """Reduce-scatter within each node, all-reduce between nodes of every rank's share, all-gather within (Cho et al. 2019).
 
     Within a node rings; between nodes the faster of ring and halving and doubling, the shares of a node's ranks at once over its link.
     """
