@@ -111,7 +111,7 @@ class TorchComm:
         self.hold(result)
         with self.watching("an all-reduce"):
             dist.all_reduce(result)
-        return result.to(tensor.device)
+            return result.to(tensor.device)  # from a GPU only this waits
 
     def barrier(self) -> None:
         """An all-reduce of one number: unlike `dist.barrier` it takes the group's own device and time-out."""

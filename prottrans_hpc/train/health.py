@@ -54,7 +54,6 @@ def _sentence(verdict: Verdict, stragglers: Stragglers) -> str:
     if not verdict.is_slow:
         return f"{who} is no longer slow: {verdict.factor:.2f} times the median rank's time, {over}"
     ranks = f"rank {', '.join(map(str, verdict.ranks[:8]))}{f' and {len(verdict.ranks) - 8} more' if len(verdict.ranks) > 8 else ''}"
-    return (
-        f"{who} is slow: {ranks} computes {verdict.factor:.2f} times as long as the median rank, {over}. "
-        f"All ranks wait for it; a batch system leaves it out with: prottrans runs resume RUN --exclude {verdict.host}"
-    )
+    elsewhere = len({place.host for place in stragglers.places}) > 1
+    remedy = f"; a batch system leaves it out with: prottrans runs resume RUN --exclude {verdict.host}" if elsewhere else ""
+    return f"{who} is slow: {ranks} computes {verdict.factor:.2f} times as long as the median rank, {over}. All ranks wait for it{remedy}"

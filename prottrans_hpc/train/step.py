@@ -170,7 +170,8 @@ def on_device(batches: tuple[Batch, ...], device: torch.device) -> Iterator[Batc
 
 def _exchange(session: Session, loaded: LoadedStep, losses: Tensor, sums: Tensor) -> Status:
     session.timing.end_lap()
-    loss, correct, *parts = torch.cat((losses.sum()[None], sums)).tolist()  # waits for the device
+    with whereabouts.inside("the work of the device"):  # which may wait for other ranks' gradients
+        loss, correct, *parts = torch.cat((losses.sum()[None], sums)).tolist()
     ledger = session.timing.read()
     flops = session.record.flops(session.shape, loaded.lengths.tolist()) if session.peak_flops else 0.0
     own = (float(preemption.requested()), loss, correct, float(loaded.num_targets), float(loaded.num_residues), float(loaded.num_tokens), flops, *parts)
