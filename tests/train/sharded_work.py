@@ -140,7 +140,7 @@ def main() -> int:
     corpus = Corpus(read_index(corpus_path), "train")
     report: dict[str, Any] = {"rank": context.rank}
     device = torch.device(sys.argv[4])
-    ranks = comm_torch.open_torch(Parallel(timeout_s=60), context, run_dir=out, device=device)  # one rank, too
+    ranks = comm_torch.open_torch(Parallel(timeout_s=240), context, run_dir=out, device=device)  # one rank, too
     try:
         for case in cases:
             report[case["name"]] = run(Case(corpus, case, device), ranks, dies="dies" in case["name"])

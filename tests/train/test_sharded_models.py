@@ -47,7 +47,7 @@ def _start(folder: Path, corpus: Path, cases: list[dict[str, Any]], num_ranks: i
     processes = []
     for rank in range(num_ranks):
         place = {"RANK": rank, "WORLD_SIZE": num_ranks, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": num_ranks, "NODE_RANK": 0}
-        argv = ["timeout", "-k", "5", "240", sys.executable, str(WORK), str(corpus), json.dumps(cases), str(folder), device]
+        argv = ["timeout", "-k", "5", "600", sys.executable, str(WORK), str(corpus), json.dumps(cases), str(folder), device]
         own = shared | {f"PROTTRANS_{name}": str(value) for name, value in place.items()}
         processes.append(subprocess.Popen(argv, env=own, stderr=subprocess.PIPE, text=True))
     return processes

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-STEPS = ("--steps", "6", "--set", "phases.0.global_batch_size=8", "--set", "loading.bin_residues=600", "--set", "parallel.timeout_s=60")
+STEPS = ("--steps", "6", "--set", "phases.0.global_batch_size=8", "--set", "loading.bin_residues=600", "--set", "parallel.timeout_s=120")
 VALIDATION = ("--set", "validation.every_steps=2", "--set", "validation.max_sequences=8", "--set", "checkpoint.every_steps=3")
 SHORT = ("phases.0.steps=8",)
 FULL = ("parallel.sharding=full",)
