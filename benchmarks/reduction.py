@@ -90,7 +90,8 @@ def report(found: dict[str, Any], out: Path, *, rate_mbit: float) -> None:
         "",
         f"Expected: a ring over all ranks brings {ring:.2f} sizes into a node, or {RANKS_PER_NODE * ring:.2f} when neighbours in it are never on one node;",
         f"a hierarchy {tree:.2f} wherever the ranks are, and half of that in a 16-bit type.",
-        f"The bytes are counted; the times also hold what {NUM_NODES * RANKS_PER_NODE} ranks and everything else wait for the cores (load {os.getloadavg()[2]:.0f}).",
+        "The bytes are counted; the times also hold what the ranks and everything else here wait for cores",
+        f"(load over the last 15 minutes: {os.getloadavg()[2]:.0f}).",
         "",
         str(hardware["line"]),
     ]
