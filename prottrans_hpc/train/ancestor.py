@@ -64,7 +64,7 @@ def _last_of(source: RunDir) -> Path:
     return source.checkpoint(newest)
 
 
-def _read(path: Path, manifest_sha256: str | None, *, optimizer: bool, own: checkpoint.Owned) -> Checkpoint:
+def _read(path: Path, manifest_sha256: str | None, *, optimizer: bool, own: checkpoint.Owned | None = None) -> Checkpoint:
     try:
         digest = durable.sha256_of(path / durable.MANIFEST)
     except FileNotFoundError as error:

@@ -6,6 +6,7 @@ One process imports torch and forks the ranks; they form one gang after another,
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -33,7 +34,7 @@ from prottrans_hpc.recipe import Checkpointing
 from prottrans_hpc.recipe_optimizers import Adafactor, Adam, AdamW, Lamb
 from prottrans_hpc.run_dir import RunDir
 from prottrans_hpc.train import checkpoint, optim, pieces, precision, resume, tensor_file
-from prottrans_hpc.train.saving import Saver
+from prottrans_hpc.train.saving import SaveError, Saver
 
 # Odd sizes, fewer rows than ranks, a stack of matrices, and a tensor that LAMB must leave to a ratio of 1.
 SHAPES = {"dense.weight": (37, 54), "dense.bias": (37,), "few.weight": (3, 16), "one.bias": (1,), "stack.weight": (5, 6, 8), "zero.weight": (4, 6)}
@@ -193,6 +194,27 @@ def load(folder: Path, layout: str, comm: Any) -> None:
         (folder / f"{source}-as-{layout}-{comm.rank}.json").write_text(json.dumps(result))
 
 
+def full_disk(folder: Path, layout: str, comm: Any) -> None:
+    """A save, and another whose last rank has no room for its pieces; leaves what each rank is told."""
+
+    def refuse(self: tensor_file.Staging, path: Path, *_: object) -> tensor_file.Written:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    run, net = RunDir(folder / layout), build(layout, 0)
+    run.checkpoints.mkdir(parents=True, exist_ok=True)
+    saver = Saver(run, comm, Checkpointing(every_steps=1, keep_last=2), start_id="start")
+    try:
+        for step in (1, 2):
+            if step == 2 and comm.rank == comm.world_size - 1:
+                tensor_file.Staging.write = refuse  # type: ignore[method-assign]
+            content = {"model": dict(net.state_dict()), "optimizer": {}}
+            saver.stage(step, {"format": checkpoint.FORMAT, "run_id": "r", "step": step, "identity": {}}, content)
+            saver.start()
+            saver.drain()
+    except (OSError, SaveError) as error:
+        (folder / f"told-{comm.rank}.json").write_text(json.dumps({"code": errors.exit_code(error), "text": str(error)}))
+
+
 def begin_again(folder: Path, layout: str, comm: Any) -> None:
     """The state before the first step, put into a model that has been trained: whether all of it is there."""
     net, fresh = build(layout, 0), Net(3)
@@ -221,7 +243,7 @@ def noting_reads(opened: list[str]) -> Iterator[None]:
         tensor_file.read = real
 
 
-SCENARIOS: dict[str, Callable[[Path, str, Any], None]] = {"train": train, "save": save, "load": load, "begin again": begin_again}
+SCENARIOS: dict[str, Callable[[Path, str, Any], None]] = {"train": train, "save": save, "load": load, "begin again": begin_again, "full disk": full_disk}
 
 
 def run_rank(rank: int, scenario: str, folder: Path, layouts: list[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -14,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from prottrans_hpc import durable
+from prottrans_hpc import durable, errors
 from prottrans_hpc.errors import CheckpointError
 from prottrans_hpc.run_dir import RunDir
 from prottrans_hpc.train import checkpoint, tensor_file
@@ -201,6 +202,17 @@ def test_a_missing_piece_is_named(saved: Path, tmp_path: Path) -> None:
 
 def test_a_cut_model_begins_again_with_nothing_left_of_its_steps(tmp_path: Path) -> None:
     run_gangs("begin again", tmp_path, ["fsdp2xtp2", "hybrid2x2"])
+
+
+def test_a_full_disk_on_one_rank_ends_all_and_leaves_the_last_good_checkpoint(tmp_path: Path) -> None:
+    run_gangs("full disk", tmp_path, ["fsdp2"])
+    told = [json.loads((tmp_path / f"told-{rank}.json").read_text()) for rank in (0, 1)]
+    assert [each["code"] for each in told] == [errors.CANNOT_WRITE] * 2
+    assert "rank 1 could not write model-00001-of-00002.safetensors" in told[0]["text"]
+    assert os.strerror(errno.ENOSPC) in told[1]["text"]
+    checkpoints = RunDir(tmp_path / "fsdp2").checkpoints
+    assert [path.name for path in checkpoints.iterdir()] == ["step-00000001"]
+    assert checkpoint.problems(checkpoints / "step-00000001") == []
 
 
 def test_killed_before_touches_of_the_file_system_by_either_rank(tmp_path: Path) -> None:
