@@ -19,6 +19,7 @@ from typing import Any
 from ..run_dir import RunDir
 from . import job_events
 from .run_files import Record, read_records
+from .trouble_notes import NOTES
 
 _HOUR_S = 3600.0
 
@@ -193,39 +194,8 @@ def _stopped(rows: list[Start], event: Record) -> None:
         row.ended = str(event.get("time"))
 
 
-def _went_back(rows: list[Start], event: Record) -> None:
-    _open_row(rows).notes.append(f"went back from step {event.get('step')} to {event.get('to')}: {event.get('cause')}")
-
-
-def _slow_node(rows: list[Start], event: Record) -> None:
-    ranks = ", ".join(map(str, event.get("ranks") or ()))
-    _open_row(rows).notes.append(
-        f"step {event.get('step')}: node {event.get('node')} ({event.get('host')}) is slow, {event.get('factor')} times the median: rank {ranks}"
-    )
-
-
-def _recovered(rows: list[Start], event: Record) -> None:
-    _open_row(rows).notes.append(
-        f"step {event.get('step')}: node {event.get('node')} ({event.get('host')}) is no longer slow, {event.get('factor')} times the median"
-    )
-
-
-def _non_finite(rows: list[Start], event: Record) -> None:
-    where = "".join(f"; {_culprit(one)}" for one in (event.get("where") or [])[:2])
-    _open_row(rows).notes.append(f"step {event.get('step')} skipped, non-finite numbers: {event.get('what')}{where}")
-
-
-def _culprit(one: Record) -> str:
-    parameter = f", first {one['parameter']}" if one.get("parameter") else ""
-    return f"rank {one.get('rank')} on {one.get('host')}{parameter}, samples {_shortened(one.get('samples') or [])}"
-
-
-def _shortened(samples: list[Any]) -> str:
-    return " ".join(map(str, samples[:4])) + (" ..." if len(samples) > 4 else "")
-
-
-def _hang(rows: list[Start], event: Record) -> None:
-    _open_row(rows).notes.append(f"hang: {event.get('what')}")
+def _troubled(rows: list[Start], event: Record) -> None:
+    _open_row(rows).notes.append(NOTES[str(event["event"])](event))
 
 
 def _note(rows: list[Start], event: Record) -> None:
@@ -243,12 +213,8 @@ _TELLERS = {
     "ended": _ended,
     "start": _started,
     "stop": _stopped,
-    "went back": _went_back,
-    "slow node": _slow_node,
-    "node recovered": _recovered,
-    "hang": _hang,
-    "non-finite numbers": _non_finite,
     "taken_over": _taken_over,
+    **dict.fromkeys(NOTES, _troubled),
     **dict.fromkeys(("refused", "requeued", "cancelled", "cancelled_rest"), _note),
 }
 
