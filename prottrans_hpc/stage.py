@@ -57,6 +57,8 @@ STAGES = {
     "project-scaling": "prottrans_hpc.profile.projection:project",
     "scale-report": "prottrans_hpc.profile.scaling_stage:report",
     "memory-measure": "prottrans_hpc.profile.memory_stage:measure_policies",
+    "memory-study": "prottrans_hpc.profile.memory_stage:study_policies",
+    "memory-picture": "prottrans_hpc.profile.memory_picture:draw",
     "embed": "prottrans_hpc.embed.stage:embed",
     "embed-item": "prottrans_hpc.embed.farm:run_item",
     "export": "prottrans_hpc.train.convert:export",

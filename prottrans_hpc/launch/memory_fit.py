@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from .. import architecture
 from ..architecture import Architecture
 from ..errors import ConfigError
 from ..machine import Machine
@@ -109,7 +108,7 @@ def need_text(need: MemoryNeed) -> str:
 
 
 def _need(recipe: Recipe, chosen: Architecture, shape: Any, residues: list[int], batches: list[PhaseBatch], rank: Rank) -> MemoryNeed:
-    tokens = [planned_tokens(recipe, sequence_lengths(recipe, number, recipe.phases[phase].max_residues)) for phase, number in enumerate(residues)]
+    tokens = [planned_tokens(recipe, sequence_lengths(chosen, number, recipe.phases[phase].max_residues)) for phase, number in enumerate(residues)]
     need = need_of(recipe, chosen, shape, tokens, rank)
     if chosen.lane_bytes is None:
         return need
@@ -128,10 +127,9 @@ def planned_tokens(recipe: Recipe, lengths: list[int]) -> Tokens:
     return Tokens(read, written)
 
 
-def sequence_lengths(recipe: Recipe, residues: int, max_residues: int) -> list[int]:
+def sequence_lengths(chosen: Architecture, residues: int, max_residues: int) -> list[int]:
     """Tokens of the sequences of a micro batch, the longest that there may be: what costs most where attention is kept."""
-    vocabulary = architecture.get(recipe.architecture.name).vocabulary
-    special = len(vocabulary.prefix) + len(vocabulary.suffix)
+    special = len(chosen.vocabulary.prefix) + len(chosen.vocabulary.suffix)
     whole, rest = divmod(residues, max_residues)
     return [max_residues + special] * whole + ([rest + special] if rest else [])
 

@@ -74,7 +74,8 @@ def planned_rows(recipe: Recipe, machine: Machine, *, num_ranks: int) -> list[Ro
 
 def _tokens(recipe: Recipe, batch: PhaseBatch) -> Tokens:
     limit = recipe.phases[batch.phase].max_residues
-    return planned_tokens(recipe, sequence_lengths(recipe, batch.fullest_micro_batch(limit), limit))
+    record = architecture.get(recipe.architecture.name)
+    return planned_tokens(recipe, sequence_lengths(record, batch.fullest_micro_batch(limit), limit))
 
 
 def measured_rows(recipe: Recipe, machine: Machine, found: Mapping[str, Mapping[str, Any] | None]) -> list[Row]:

@@ -67,7 +67,10 @@ def one_micro_batch(recipe: Recipe, record: Architecture) -> Recipe:
     longest = max(phase.max_residues for phase in recipe.phases)
     bins = max(recipe.loading.bin_residues, longest)
     sequences, residues = (bins // longest, None) if record.lanes else (None, bins)
-    return replace(recipe, phases=(Phase(steps=2, max_residues=longest, global_batch_size=sequences, global_batch_residues=residues),))
+    phase = Phase(steps=2, max_residues=longest, global_batch_size=sequences, global_batch_residues=residues)
+    # Twice as much room as there is to pack: otherwise what just fills a micro batch is spread over two.
+    room = bins if record.lanes else 2 * bins
+    return replace(recipe, phases=(phase,), loading=replace(recipe.loading, bin_residues=room))
 
 
 @contextlib.contextmanager
