@@ -66,8 +66,9 @@ def num_bytes(num_ranks: int) -> int:
 class NodeTimings:
     """A rank's part in its node's file; the first rank of the node writes it."""
 
-    def __init__(self, path: Path | None = None, slots: Slots | None = None, *, local_rank: int = 0, host: str = "") -> None:
-        """`path` is given on the node's first rank only."""
+    def __init__(self, path: Path | None = None, slots: Slots | None = None, *, local_rank: int = 0, host: str = "", left_over: Sequence[Path] = ()) -> None:
+        """`path` is given on the node's first rank only. `left_over` are files of an earlier start's nodes that this start lacks: they are cut back, too."""
+        self._left_over = left_over
         self._path, self._local_rank, self._slots, self._host = path, local_rank, slots or Slots(1, None), host
         self._file: JsonLines | None = None
 
@@ -80,6 +81,10 @@ class NodeTimings:
             self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._file = JsonLines(self._path)
             self._file.cut_back(step)
+            for path in self._left_over:
+                old = JsonLines(path)
+                old.cut_back(step)
+                old.close()
         except OSError as error:
             self._give_up(error)
 
@@ -119,7 +124,10 @@ class NodeTimings:
 def shared(run_dir: RunDir, context: RankContext, comm: Comm, *, start_id: str) -> Iterator[NodeTimings]:
     """This rank's part in the file of its node. Collective at the beginning."""
     path = run_dir.node_timings(context.node_rank) if context.is_node_main else None
-    timings = NodeTimings(path, _meet(context, comm, start_id), local_rank=context.local_rank, host=context.hostname)
+    ours = {run_dir.node_timings(node) for node in range(context.num_nodes)}
+    left_over = sorted(set(run_dir.timings.glob("node-*.jsonl")) - ours) if context.is_main else []
+    slots = _meet(context, comm, start_id)
+    timings = NodeTimings(path, slots, local_rank=context.local_rank, host=context.hostname, left_over=left_over)
     try:
         yield timings
     finally:

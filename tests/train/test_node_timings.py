@@ -22,15 +22,16 @@ def test_every_node_tells_where_the_time_of_every_step_went(start_ranks, make_ru
     run_dir = make_run(tmp_path / "run", "checkpoint.every_steps=5", stop_after_step=6)
     start_ranks(run_dir, 2, num_nodes=2).end()
     # What a start that was killed after step 8 would have left.
-    for node in (0, 1):
+    for node in (0, 1, 2):
         file = JsonLines(run_dir / "timings" / f"node-{node:04d}.jsonl")
-        for step in (7, 8):
+        for step in range(7 if node < 2 else 5, 9):
             file.append({"step": step, "ranks": 0})
         file.close()
     make_run(run_dir, "checkpoint.every_steps=5", num_ranks=4)
     start_ranks(run_dir, 4, num_nodes=2).end()
     metrics = lines_of(run_dir / "metrics.jsonl")
-    nodes = [lines_of(path) for path in sorted((run_dir / "timings").iterdir())]
+    *nodes, gone = [lines_of(path) for path in sorted((run_dir / "timings").iterdir())]
+    assert [line["step"] for line in gone] == [5, 6]  # of a third node that an earlier start had
     assert [[line["step"] for line in lines] for lines in nodes] == [list(range(1, 17))] * 2
     for record, *lines in zip(metrics, *nodes, strict=True):
         assert [line["ranks"] for line in lines] == ([1, 1] if record["step"] <= 6 else [2, 2])
