@@ -72,8 +72,10 @@ def test_it_starts_any_command_with_options_of_its_own() -> None:
     assert sorted(out.splitlines()) == ["0 --nodes", "1 --nodes", "2 --nodes"]
 
 
-def test_a_deaf_rank_is_killed_after_the_grace() -> None:
-    script = "if [ $PROTTRANS_RANK = 1 ]; then exit 65; fi; trap '' TERM; echo $$; while :; do sleep 0.05; done"
+def test_a_deaf_rank_is_killed_after_the_grace(tmp_path: Path) -> None:
+    deaf = tmp_path / "deaf"
+    fails = f"until [ -e {deaf} ]; do sleep 0.02; done; exit 65"
+    script = f"if [ $PROTTRANS_RANK = 1 ]; then {fails}; fi; trap '' TERM; echo $$; touch {deaf}; while :; do sleep 0.05; done"
     process = start("--nodes", "2", "--ranks-per-node", "1", "--grace-s", "0.3", "--", "bash", "-c", script)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 65, err
