@@ -114,7 +114,7 @@ def describe(rows: list[Row]) -> Iterator[str]:
     has_measured = any(row.measured for row in rows)
     width = max(len(row.name) for row in rows)
     measured = f" {'measured':>9} {'error':>6} {'time':>6}" if has_measured else ""
-    yield f"{name + ' a rank':<{width}} {'weights':>8} {'grads':>8} {'optim.':>8} {'activ.':>8} {'host':>8} {'peak':>8} {'fits':>5} {'time':>6}{measured}"
+    yield f"{name + ' a rank':<{width}} {'weights':>8} {'grads':>8} {'optim.':>8} {'layers':>8} {'host':>8} {'peak':>8} {'fits':>5} {'time':>6}{measured}"
     plain_s = next((row.measured["step_s"] for row in rows if row.measured and row.name == "none"), None)
     for row in rows:
         need = row.need
