@@ -23,10 +23,11 @@ demo: ## Set up; preprocess, pre-train on two ranks, preempt, resume, embed: abo
 	@scripts/setup.sh demo
 	scripts/demo.sh
 
-test: ## Set up, build Horovod once, install Slurm for the test cluster, and run every test
+test: ## Set up, build Horovod once, install Slurm and a browser for the tests that want them, and run every test
 	@scripts/setup.sh test
 	scripts/horovod.sh --if-possible
 	scripts/cluster.sh
+	scripts/browser.sh
 	OMP_NUM_THREADS=1 $(PYTEST) -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 nightly: ## The tests that repeat others many times

@@ -19,14 +19,16 @@ from typing import NoReturn
 from . import errors, rank, terminal
 from .stage import run_stage
 
-_USAGE = "usage: python -m prottrans_hpc pretrain RUN_DIR [--quiet | --verbose]"
+_STAGES = ("pretrain", "comm")
+"""What the ranks of a gang run."""
+_USAGE = f"usage: python -m prottrans_hpc {'|'.join(_STAGES)} RUN_DIR [--quiet | --verbose]"
 _VERBOSITY = {"--quiet": terminal.QUIET, "--verbose": terminal.VERBOSE}
 _log = logging.getLogger("prottrans_hpc")
 
 
 def main(arguments: list[str]) -> int:
     """Run the stage and return the exit code; every error is told once, to the log when there is one."""
-    if not 2 <= len(arguments) <= 3 or arguments[0] != "pretrain" or arguments[2:] not in ([], *([flag] for flag in _VERBOSITY)):
+    if not 2 <= len(arguments) <= 3 or arguments[0] not in _STAGES or arguments[2:] not in ([], *([flag] for flag in _VERBOSITY)):
         print(_USAGE, file=sys.stderr)
         return errors.USAGE
     for flag in arguments[2:]:

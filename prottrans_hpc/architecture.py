@@ -11,7 +11,7 @@ import difflib
 import importlib.metadata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from . import terminal
 from .errors import ConfigError
@@ -140,6 +140,18 @@ class Size:
 
 
 @dataclass(frozen=True)
+class TensorParallel:
+    """How the ranks of a tensor group share an architecture's matrix products."""
+
+    split: Mapping[str, Literal["column", "row"]]
+    """By the last part of a module's name, for a Linear or Embedding: "column", each rank computes some of the output features
+    (of an Embedding: has some columns), or "row", it takes some of the input features and the results are added up. All other
+    parameters are whole on every rank. A module's forward must take the number of heads from what it is given, not from the shape."""
+    divides: Callable[[Any], Mapping[str, int]]
+    """`(shape)` -> the numbers that `parallel.tensor_ranks` has to divide, by what they are called in the shape."""
+
+
+@dataclass(frozen=True)
 class Architecture:
     """Everything about an architecture that needs no torch, and the strings that say where the rest is."""
 
@@ -173,6 +185,11 @@ class Architecture:
     (Transformer-XL). Lanes stay on their rank, so `global_batch_size` must be a multiple of the number of ranks unless `loading.uneven_lanes`."""
     lane_bytes: Callable[[Any, int], int] | None = None
     """`(shape, tokens of a piece)` -> bytes of the memory that a lane has between steps; None without lanes."""
+    layer_bytes: Callable[[Any, Sequence[int], str, Any], tuple[Sequence[int], Sequence[int]]] | None = None
+    """`(shape, tokens of each sequence, precision, objective)` -> of what `activation_bytes` counts, what each layer keeps, and what its
+    backward pass needs for a moment; the published objective where that is None. None where all layers of a stack are alike."""
+    tensor_parallel: TensorParallel | None = None
+    """None where every rank computes whole products only."""
 
     def size(self, name: str) -> Size:
         """One of the sizes. Raises ConfigError that lists them."""

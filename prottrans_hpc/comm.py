@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from .errors import ConfigError, NumericsError
 from .rank import RankContext
-from .recipe import Parallel
+from .recipe_parallel import Parallel
 from .stage import find
 
 Json = Any

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from .comm import Json, ParallelModel, check_same, decode, encode, parameter_digest
 from .errors import ConfigError, RankLostError, ResourceError, missing_package
 from .rank import RankContext
-from .recipe import Parallel
+from .recipe_parallel import Parallel
+from .whereabouts import inside
 
 _POLL_S = 0.0002
 
@@ -79,6 +80,10 @@ class HorovodComm:
 
     def wait(self, handle: int, what: str) -> Tensor:
         """What an operation gave; Horovod itself would wait for a silent peer for ever."""
+        with inside(what):
+            return self._outcome(handle, what)
+
+    def _outcome(self, handle: int, what: str) -> Tensor:
         deadline = time.monotonic() + self.timeout_s
         while not self._hvd.poll(handle):
             if time.monotonic() > deadline:

@@ -21,11 +21,14 @@ from torch import Tensor, nn
 from torch.distributed import GradBucket, Store  # type: ignore[attr-defined] # torch does not declare what it exports
 from torch.nn.parallel import DistributedDataParallel
 
-from . import comm_rendezvous
+from . import comm_reduction, comm_rendezvous
 from .comm import Json, ParallelModel, check_same, decode, encode, parameter_digest
+from .comm_compression import HALVED
+from .comm_lost import is_lost_peer
 from .errors import RankLostError
 from .rank import RankContext
-from .recipe import Parallel
+from .recipe_parallel import Parallel
+from .whereabouts import inside
 
 
 def open_torch(parallel: Parallel, context: RankContext, *, run_dir: Path | None, device: torch.device) -> "TorchComm":
@@ -35,7 +38,8 @@ def open_torch(parallel: Parallel, context: RankContext, *, run_dir: Path | None
         _use_loopback()
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    comm = TorchComm(context, device, parallel.timeout_s, store)
+    comm = TorchComm(context, device, parallel.timeout_s, store, settings=parallel)
+    _keep_flight_records(run_dir)
     with comm.watching("the first meeting"):
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
@@ -45,8 +49,18 @@ def open_torch(parallel: Parallel, context: RankContext, *, run_dir: Path | None
             timeout=timedelta(seconds=parallel.timeout_s),
             device_id=device if device.type == "cuda" else None,
         )
-        comm.hosts = [str(host) for host in comm.all_gather_object(context.hostname)]
+        places = comm.all_gather_object([context.hostname, context.node_rank, context.local_rank])
+        comm.hosts = [str(place[0]) for place in places]
+        comm.nodes = comm_reduction.node_members([place[1:] for place in places])
     return comm
+
+
+def _keep_flight_records(run_dir: Path | None) -> None:
+    """Have torch remember its last collectives, which the watchdog shows, and NCCL write them down itself when one times out."""
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "200")
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+    if run_dir is not None:
+        os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(run_dir / "logs" / "collectives-rank-"))
 
 
 def _use_loopback() -> None:
@@ -69,15 +83,19 @@ class TorchComm:
 
     name = "torch"
 
-    def __init__(self, context: RankContext, device: torch.device, timeout_s: int, store: Store | None = None) -> None:
+    def __init__(self, context: RankContext, device: torch.device, timeout_s: int, store: Store | None = None, settings: Parallel | None = None) -> None:
         self.rank = context.rank
         self.world_size = context.world_size
         self.device = device
         self.timeout_s = timeout_s
         self.hosts: list[str] = []
         """Where each rank runs, once they have met."""
+        self.nodes: list[list[int]] | None = None
+        """The ranks of each node where a hierarchical reduction has something to gain."""
+        self.settings = settings or Parallel(timeout_s=timeout_s)
         self._store = store
         self._held: list[Tensor] = []
+        self._node_groups: comm_reduction.NodeGroups | None = None
 
     def hold(self, *tensors: Tensor) -> None:
         """Keep what a collective works on until the back end has let go of it, which it does a moment after the collective.
@@ -93,7 +111,7 @@ class TorchComm:
         self.hold(result)
         with self.watching("an all-reduce"):
             dist.all_reduce(result)
-        return result.to(tensor.device)
+            return result.to(tensor.device)  # from a GPU only this waits
 
     def barrier(self) -> None:
         """An all-reduce of one number: unlike `dist.barrier` it takes the group's own device and time-out."""
@@ -126,9 +144,16 @@ class TorchComm:
     def parallel(self, module: nn.Module, bucket_mib: int) -> ParallelModel:
         """DDP with rank 0's parameters on every rank, checked."""
         with self.watching("the start of the model"):
-            model = TorchModel(self, module, bucket_mib)
+            model = TorchModel(self, module, bucket_mib, comm_reduction.choose(self.settings, self._groups(), self.hold))
         check_same(self, "the parameters", parameter_digest(module))
         return model
+
+    def _groups(self) -> comm_reduction.NodeGroups | None:
+        """What a hierarchical reduction takes, made once; None where nothing wants it or it gains nothing."""
+        wanted = self.settings.reduction == "hierarchical" or self.settings.compression in HALVED
+        if self._node_groups is None and self.nodes is not None and wanted:
+            self._node_groups = comm_reduction.make_node_groups(self.nodes, self.rank, timeout_s=self.timeout_s, is_cuda=self.device.type == "cuda")
+        return self._node_groups
 
     def close(self) -> None:
         """Without this a process can abort at exit."""
@@ -139,10 +164,11 @@ class TorchComm:
             dist.destroy_process_group()
 
     @contextlib.contextmanager
-    def watching(self, what: str) -> Iterator[None]:
+    def watching(self, what: str, *, waits: bool = True) -> Iterator[None]:
         """Turn what gloo, NCCL and the store raise when a peer is gone or silent into RankLostError."""
         try:
-            yield
+            with inside(what, waits=waits):
+                yield
         except (RuntimeError, OSError) as error:
             if not is_lost_peer(error):
                 raise
@@ -159,29 +185,6 @@ class TorchComm:
             return "another rank"
         named = [f"rank {rank} on {self.hosts[rank]}" for rank in missing[:_MAX_NAMED]]
         return ", ".join(named) + (f" and {len(missing) - _MAX_NAMED} more" if len(missing) > _MAX_NAMED else "")
-
-
-_LOST = (
-    "connection closed by peer",
-    "connection reset by peer",
-    "timed out",
-    "timeout",
-    "broken pipe",
-    "connection refused",
-    "socket",
-    "nccl",
-    "connectfullmesh",
-)
-
-
-def is_lost_peer(error: BaseException) -> bool:
-    """Whether an error means that another rank is gone: gloo raises bare RuntimeErrors, told apart by their text alone."""
-    if isinstance(error, (dist.DistError, ConnectionError)):
-        return True
-    if isinstance(error, (torch.OutOfMemoryError, OSError)):
-        return False
-    text = str(error).lower()
-    return any(mark in text for mark in _LOST)
 
 
 def _bytes_tensor(content: bytes, size: int) -> Tensor:
@@ -221,9 +224,11 @@ class TorchModel:
     any real gradient, in an order that depends on the list of parameters alone.
     """
 
-    def __init__(self, comm: TorchComm, module: nn.Module, bucket_mib: int) -> None:
+    def __init__(self, comm: TorchComm, module: nn.Module, bucket_mib: int, reduction: comm_reduction.Reduction | None = None) -> None:
         self._comm = comm
         self._sums: list[dist.Work] = []
+        self._pipeline = comm_reduction.Pipeline(comm.device)
+        self._reduction: comm_reduction.Reduction | None = None
         self.module = DistributedDataParallel(
             _Callee(module),
             bucket_cap_mb=bucket_mib,
@@ -235,6 +240,7 @@ class TorchModel:
             self.backward(self.module(None))
             self.finish_gradients()
             self.zero_gradients()
+        self._reduction = reduction  # it may remember its buckets, whose layout is settled only now
 
     def no_sync(self) -> AbstractContextManager[None]:
         """Forward and backward in here only add to this rank's gradients."""
@@ -242,7 +248,7 @@ class TorchModel:
 
     def backward(self, loss: Tensor) -> None:
         """`loss.backward()`; outside `no_sync` each bucket is on its way as soon as it is full."""
-        with self._comm.watching("the start of the reduction of the gradients"):
+        with self._comm.watching("the start of the reduction of the gradients", waits=False):
             loss.backward()  # type: ignore[no-untyped-call]
 
     def finish_gradients(self) -> None:
@@ -250,15 +256,19 @@ class TorchModel:
         with self._comm.watching("the reduction of the gradients"):
             for work in self._sums:
                 work.wait()
+            self._pipeline.finish()
         self._sums.clear()
 
     def zero_gradients(self) -> None:
         """In place: the gradients are views of DDP's buckets."""
         self.module.zero_grad(set_to_none=False)
 
-    def start_sum(self, bucket: Tensor) -> None:
+    def start_sum(self, bucket: GradBucket) -> None:
         """Begin to sum a bucket in place."""
-        same_memory = bucket.detach()
+        if self._reduction is not None:
+            self._pipeline.start(self._reduction.steps(bucket.index(), bucket.buffer(), bucket.gradients()))
+            return
+        same_memory = bucket.buffer().detach()
         self._comm.hold(same_memory)
         work = dist.all_reduce(same_memory, async_op=True)
         assert work is not None  # only a rank outside the group gets None
@@ -272,7 +282,7 @@ def _sum_hook(model: TorchModel, bucket: GradBucket) -> torch.futures.Future[Ten
     reduction, which gloo's thread then frees, with the danger that `TorchComm.hold` describes.
     """
     buffer: Tensor = bucket.buffer()
-    model.start_sum(buffer)
+    model.start_sum(bucket)
     done: torch.futures.Future[Tensor] = torch.futures.Future(devices=[buffer.device] if buffer.is_cuda else None)
     done.set_result(buffer)
     return done

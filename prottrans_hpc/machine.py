@@ -21,6 +21,10 @@ class Gpu:
     memory_gib: Positive
     peak_tflops: dict[str, Positive]
     """Dense peak by the type of matrix products (fp32, tf32, bf16, fp16); a missing precision is not supported."""
+    sustained_tflops: dict[str, Positive] | None = None
+    """What a training was seen to reach, by the same types; projections without measurements take it before an assumed share of the peak."""
+    host_bytes_per_s: Positive | None = None
+    """One way between the GPU and its host's memory; None: as PCIe 3.0 is taken to reach."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -39,6 +43,26 @@ class Node:
     def __post_init__(self) -> None:
         if (self.num_gpus > 0) != (self.gpu is not None):
             raise ValueError("num_gpus above 0 and a [node.gpu] section belong together")
+
+
+@dataclass(frozen=True, config=STRICT)
+class Link:
+    """What a message meets on its way: Hockney's latency and bandwidth (1994)."""
+
+    latency_s: Positive
+    """Of one step of a collective, software included."""
+    bytes_per_s: Positive
+    """One way."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class Network:
+    """What joins the ranks; projections of scaling reckon with it where nothing was measured."""
+
+    between_nodes: Link
+    """All ports of a node together."""
+    within_node: Link | None = None
+    """The slowest connection that a ring over a node's ranks must take; None: one rank a node, or not known."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -119,6 +143,7 @@ class Machine:
     """The first is the default; a batch scheduler needs at least one."""
     account_required: bool = False
     licences: tuple[Licence, ...] = ()
+    network: Network | None = None
     warning_min: Count = 10
     """Minutes before the walltime at which a job is told to save and stop."""
     resource_set: Literal["rank", "node"] = "rank"
@@ -142,6 +167,8 @@ class Machine:
     """
     sources: tuple[str, ...] = ()
     """Where the numbers come from, one line each."""
+    exclude_slow_nodes: bool = False
+    """Whether a start leaves out the nodes that the run's history found slow."""
     retired: bool = False
     """The machine exists no more; the profile is kept to reproduce what ran there."""
 
@@ -186,6 +213,8 @@ class Allocation:
     """Whole racks that the nodes must fill; None: any nodes."""
     node_names: tuple[str, ...] = ()
     """With rack_placement "node_list": the very nodes, chosen when the job is submitted."""
+    excluded_nodes: tuple[str, ...] = ()
+    """That the job must not get."""
 
     @property
     def num_ranks(self) -> int:

@@ -12,11 +12,14 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from . import config, precision_levels
+from . import config, precision_levels, recipe_memory
 from .config import STRICT, Count, Fraction, Natural, Positive
 from .errors import ConfigError
+from .recipe_health import Health
+from .recipe_memory import Memory
 from .recipe_objectives import Masked, Objective
 from .recipe_optimizers import Optimizer
+from .recipe_parallel import Parallel, lossy
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -101,18 +104,6 @@ class Loading:
 
 
 @dataclass(frozen=True, config=STRICT)
-class Parallel:
-    """How ranks talk."""
-
-    comm: Literal["torch", "horovod"] = "torch"
-    """torch.distributed (DDP over gloo or nccl) or Horovod; one rank needs neither."""
-    bucket_mib: Count = 25
-    """Size of a gradient bucket, MiB."""
-    timeout_s: Count = 600
-    """A collective that takes longer means a dead rank: the whole gang ends."""
-
-
-@dataclass(frozen=True, config=STRICT)
 class Checkpointing:
     """When training state is saved, and what is kept."""
 
@@ -150,14 +141,6 @@ class Divergence:
     """What each rollback multiplies the learning rate by, for all steps that follow."""
     max_rollbacks: Count = 4
     """One more ends the run."""
-
-
-@dataclass(frozen=True, config=STRICT)
-class Memory:
-    """What is given up for memory; none of it changes a bit of the result."""
-
-    recompute_every: Natural = 0
-    """Every so many-th layer keeps its input alone and is computed again for the gradient: 1 all, 2 every second, 0 none."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -199,6 +182,7 @@ class Recipe:
     loss_scaling: LossScaling = LossScaling()
     divergence: Divergence = Divergence()
     memory: Memory = Memory()
+    health: Health = Health()
     seed: Natural = 42
     non_finite_limit: Count = 3
     """So many steps in a row with a non-finite loss or gradient trigger the rollback."""
@@ -206,6 +190,9 @@ class Recipe:
     def __post_init__(self) -> None:
         if not self.phases:
             raise ValueError("a recipe needs at least one [[phases]]")
+        level = precision_levels.LEVELS[self.precision]
+        if self.parallel.compression == "powersgd" and (level.weights != "fp32" or level.scales_loss):
+            raise ValueError(f"parallel.compression powersgd takes fp32 gradients of one scale in all steps, which precision {self.precision} has not")
 
     @property
     def num_steps(self) -> int:
@@ -213,7 +200,7 @@ class Recipe:
         return sum(phase.steps for phase in self.phases)
 
 
-_NOT_SCIENCE = ("description", "loading", "parallel", "checkpoint", "validation", "memory")
+_NOT_SCIENCE = ("description", "loading", "parallel", "checkpoint", "validation", "memory", "health")
 
 
 def read_recipe(name_or_path: str, settings: tuple[str, ...] = ()) -> Recipe:
@@ -228,7 +215,7 @@ def read_recipe(name_or_path: str, settings: tuple[str, ...] = ()) -> Recipe:
 def science(recipe: Recipe) -> dict[str, Any]:
     """The fields that define the result; two runs that agree in them are the same experiment."""
     values: dict[str, Any] = config.to_json(recipe)
-    return {key: value for key, value in values.items() if key not in _NOT_SCIENCE}
+    return {**{key: value for key, value in values.items() if key not in _NOT_SCIENCE}, **lossy(recipe.parallel), **recipe_memory.lossy(recipe.memory)}
 
 
 def recipe_from_json(values: dict[str, Any], *, source: str) -> Recipe:

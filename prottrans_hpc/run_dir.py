@@ -107,6 +107,15 @@ class RunDir:
         """The one log file of a node."""
         return self.path / "logs" / f"node-{node_rank:04d}.log"
 
+    @property
+    def timings(self) -> Path:
+        """The folder of the nodes' ledgers."""
+        return self.path / "timings"
+
+    def node_timings(self, node_rank: int) -> Path:
+        """One JSON object for each optimizer step: where its time went, mean over a node's ranks; written by the first of them."""
+        return self.timings / f"node-{node_rank:04d}.jsonl"
+
     def checkpoint(self, step: int) -> Path:
         """The checkpoint taken after `step` optimizer steps."""
         return self.checkpoints / f"step-{step:08d}"

@@ -11,8 +11,10 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -112,6 +114,33 @@ def checkout_environment() -> dict[str, str]:
 def prottrans(tmp_path_factory: pytest.TempPathFactory) -> Prottrans:
     """`prottrans("corpus", "show", path, code=0)` runs the real command line and gives its CompletedProcess."""
     return Prottrans(tmp_path_factory.mktemp("cwd"))
+
+
+@pytest.fixture(scope="session")
+def held_up() -> Callable[[int], AbstractContextManager[None]]:
+    """`with held_up(pid)`: the process is stopped three quarters of the time."""
+
+    @contextmanager
+    def slowly(pid: int) -> Iterator[None]:
+        over = threading.Event()
+        thread = threading.Thread(target=_stop_and_go, args=(pid, over))
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+
+    return slowly
+
+
+def _stop_and_go(pid: int, over: threading.Event) -> None:
+    with suppress(ProcessLookupError):
+        while not over.is_set():
+            os.kill(pid, signal.SIGSTOP)
+            time.sleep(0.03)
+            os.kill(pid, signal.SIGCONT)
+            time.sleep(0.01)
 
 
 @dataclass(frozen=True)

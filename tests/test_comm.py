@@ -14,7 +14,7 @@ import torch
 from prottrans_hpc import comm, comm_rendezvous
 from prottrans_hpc.errors import ConfigError, ProttransError, RankLostError, ResourceError
 from prottrans_hpc.rank import RankContext
-from prottrans_hpc.recipe import Parallel
+from prottrans_hpc.recipe_parallel import Parallel
 
 CPU = torch.device("cpu")
 

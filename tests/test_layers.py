@@ -20,14 +20,19 @@ ROOT = Path(__file__).resolve().parents[1] / PACKAGE
 
 BASE_MODULES = {"__init__", "errors", "durable", "stage", "config", "machine", "run_dir"} | {
     "recipe",
+    "parallel_layout",
+    "scaling_study",
+    "recipe_health",
+    "recipe_memory",
     "recipe_objectives",
     "recipe_optimizers",
+    "recipe_parallel",
     "precision_levels",
     "architecture",
     "architectures",
     "terminal",
 }
-COMM_MODULES = {"comm", "comm_torch", "comm_horovod", "comm_rendezvous"}
+COMM_MODULES = {"comm", "comm_torch", "comm_horovod", "comm_rendezvous", "whereabouts", "comm_sharded", "comm_reduction", "comm_compression", "comm_lost"}
 
 BELOW_CORPUS = {"base", "rank", "log", "comm"}
 MAY_IMPORT = {
@@ -35,12 +40,15 @@ MAY_IMPORT = {
     "launch": {"base"},
     "rank": {"base"},
     "log": {"base", "rank"},
-    "comm": {"base", "rank", "log"},
+    "comm": {"base", "rank", "log", "memory"},
     "corpus": BELOW_CORPUS,
     "objectives": BELOW_CORPUS | {"corpus"},
-    "models": BELOW_CORPUS,
-    "train": BELOW_CORPUS | {"corpus", "objectives", "models"},
-    "embed": BELOW_CORPUS | {"corpus", "objectives", "models", "train"},
+    # Plug-ins for any torch module.
+    "memory": {"base"},
+    "models": BELOW_CORPUS | {"memory"},
+    "train": BELOW_CORPUS | {"corpus", "objectives", "memory", "models"},
+    "embed": BELOW_CORPUS | {"corpus", "objectives", "memory", "models", "train"},
+    "profile": BELOW_CORPUS | {"corpus", "objectives", "memory", "models", "train", "embed"},
     # `python -m prottrans_hpc STAGE RUN_DIR`: the gate of the ranks' side; it goes on through the table of stages.
     "__main__": BELOW_CORPUS | {"train"},
 }
@@ -49,6 +57,7 @@ LIBRARIES = {
     "launch": {"click", "rich", "submitit", "pydantic"},
     "rank": set(),
     "log": set(),
+    "memory": {"torch"},
     # Residues, not models: a corpus is built and a batch is drawn where torch is not installed.
     "corpus": {"numpy", "h5py", "mpi4py", "isal", "zstandard", "matplotlib", "rich"},
     "objectives": {"numpy"},

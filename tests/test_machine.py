@@ -47,6 +47,8 @@ def test_a_profile_is_read_by_path(tmp_path):
         ({"node": {"num_cpu_cores": 8, "gpu": {"name": "g", "memory_gib": 1.0, "peak_tflops": {}}}}, "belong together"),
         ({"node": {"num_cpu_cores": 8, "num_gpus": 1, "gpu": {"name": "g", "memory_gib": 0.0, "peak_tflops": {}}}}, "memory_gib = 0.0"),
         ({"node": {"num_cpu_cores": 8, "num_gpus": 1, "gpu": {"name": "g", "memory_gib": 1.0, "peak_tflops": {"fp32": -1.0}}}}, "fp32 = -1.0"),
+        ({"network": {"between_nodes": {"latency_s": 0.0, "bytes_per_s": 1e9}}}, "network.between_nodes.latency_s = 0.0"),
+        ({"network": {"within_node": {"latency_s": 1e-6, "bytes_per_s": 1e9}}}, "missing key network.between_nodes"),
         ({"nodes": 3}, "unknown key nodes (did you mean 'node'?)"),
     ],
 )
@@ -65,10 +67,10 @@ def test_zero_cores_means_what_this_process_may_use():
     assert machine.usable_cpu_cores(machine.Node(num_cpu_cores=42)) == 42
 
 
-@pytest.mark.parametrize("noun", [machine.Machine, machine.Node, machine.Gpu, machine.Queue, machine.Bin, machine.Licence])
+@pytest.mark.parametrize("noun", [machine.Machine, machine.Node, machine.Gpu, machine.Queue, machine.Bin, machine.Licence, machine.Network, machine.Link])
 def test_every_key_of_a_profile_is_documented(repository, noun):
     readme = (repository / "hpc" / "README.md").read_text(encoding="utf-8")
-    keys = {"node": "[node]", "gpu": "[node.gpu]", "queues": "[[queues]]", "licences": "[[licences]]"}
+    keys = {"node": "[node]", "network": "[network]", "gpu": "[node.gpu]", "queues": "[[queues]]", "licences": "[[licences]]"}
     assert [name for name in noun.__dataclass_fields__ if f"| `{keys.get(name, name)}` |" not in readme] == []
 
 

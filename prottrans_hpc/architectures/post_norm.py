@@ -7,6 +7,7 @@ attention is one kernel a sequence or the plain products; weights and their bf16
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 from ..errors import ConfigError
 
@@ -23,6 +24,17 @@ def check(hidden_size: int, num_heads: int, *counts: int) -> None:
         raise ValueError("layers, sizes, heads, positions, vocabulary and token types must be at least 1")
     if hidden_size % num_heads:
         raise ValueError(f"hidden_size {hidden_size} must be a multiple of num_heads {num_heads}")
+
+
+SPLIT: dict[str, Literal["column", "row"]] = {
+    "query": "column",
+    "key": "column",
+    "value": "column",
+    "attention_output": "row",
+    "up": "column",
+    "down": "row",
+}
+"""The matrices of a layer that a tensor group shares: whole heads and a part of the feed-forward width each."""
 
 
 def layer_parameters(width: int, inner: int) -> int:

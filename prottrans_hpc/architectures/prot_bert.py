@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from pydantic.dataclasses import dataclass
 
-from ..architecture import Architecture, Size, Vocabulary
+from ..architecture import Architecture, Size, TensorParallel, Vocabulary
 from ..config import STRICT
 from . import post_norm
 
@@ -141,4 +141,5 @@ ARCHITECTURE = Architecture(
     num_parameters=num_parameters,
     flops=flops,
     activation_bytes=activation_bytes,
+    tensor_parallel=TensorParallel(split=post_norm.SPLIT, divides=lambda shape: {"num_heads": shape.num_heads, "intermediate_size": shape.intermediate_size}),
 )

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from pydantic.dataclasses import dataclass
 
-from ..architecture import Architecture, Size
+from ..architecture import Architecture, Size, TensorParallel
 from ..config import STRICT
 from . import post_norm
 from .prot_bert import ARCHITECTURE as PROT_BERT
@@ -181,6 +181,14 @@ _SIZES = {
     ),
 }
 
+
+def _divides(shape: ElectraShape) -> dict[str, int]:
+    numbers = {"num_heads": shape.num_heads, "intermediate_size": shape.intermediate_size}
+    if shape.generator is None:
+        return numbers
+    return numbers | {"generator.num_heads": shape.generator.num_heads, "generator.intermediate_size": shape.generator.intermediate_size}
+
+
 ARCHITECTURE = Architecture(
     name="prot_electra",
     description="ProtElectra: ELECTRA (a discriminator, and a small generator that forges its input) on protein sequences",
@@ -194,4 +202,5 @@ ARCHITECTURE = Architecture(
     activation_bytes=activation_bytes,
     loss_parts=("generator_loss", "discriminator_loss"),
     counts_tokens=True,
+    tensor_parallel=TensorParallel(split=post_norm.SPLIT, divides=_divides),
 )

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from pydantic.dataclasses import dataclass
 
-from ..architecture import Architecture, Size, Vocabulary
+from ..architecture import Architecture, Size, TensorParallel, Vocabulary
 from ..config import STRICT
 from ..errors import ConfigError
 
@@ -175,4 +175,16 @@ ARCHITECTURE = Architecture(
     num_parameters=num_parameters,
     flops=flops,
     activation_bytes=activation_bytes,
+    tensor_parallel=TensorParallel(
+        split={
+            "query": "column",
+            "key": "column",
+            "value": "column",
+            "output": "row",
+            "up": "column",
+            "down": "row",
+            "position_biases": "column",  # one a head
+        },
+        divides=lambda shape: {"num_heads": shape.num_heads, "intermediate_size": shape.intermediate_size},
+    ),
 )

@@ -12,6 +12,7 @@ from pydantic.dataclasses import dataclass
 from ..architecture import Architecture, Size, Vocabulary
 from ..config import STRICT
 from ..errors import ConfigError
+from ..recipe_objectives import Permutation
 
 TARGET_FRACTION = 1 / 6
 """Share of the tokens that the query stream and the prediction head are counted for: the published objective's."""
@@ -100,6 +101,17 @@ def activation_bytes(shape: XLNetShape, lengths: Sequence[int], precision: str) 
     if precision not in ("fp32", "bf16"):
         raise ConfigError(f"no activation arithmetic for the precision {precision!r}; known are fp32 and bf16")
     size, drops, width, memory = 4 if precision == "fp32" else 2, int(shape.dropout > 0.0), shape.hidden_size, shape.memory_length
+    num_tokens, num_distances = sum(lengths), 2 * max(lengths, default=0) + memory
+    pairs = sum(length * (length + memory) for length in lengths)
+    masks = pairs * (1 + TARGET_FRACTION * (1 + 8))  # and which distance each pair has, int64
+    head = TARGET_FRACTION * num_tokens * ((2 * 4 + size) * drops * width + 4 * shape.vocabulary_size)
+    embeddings = num_tokens * (8 + 4 * drops * width) + num_distances * width * size
+    return round(sum(_layers(shape, lengths, precision, TARGET_FRACTION)) + masks + head + embeddings)
+
+
+def _layers(shape: XLNetShape, lengths: Sequence[int], precision: str, fraction: float) -> list[float]:
+    """Bytes that each layer keeps; the last one has the stream of queries alone, `fraction` of the tokens."""
+    size, drops, width, memory = 4 if precision == "fp32" else 2, int(shape.dropout > 0.0), shape.hidden_size, shape.memory_length
     num_tokens, num_keys = sum(lengths), sum(length + memory for length in lengths)
     num_distances = 2 * max(lengths, default=0) + memory
     pairs = sum(length * (length + memory) for length in lengths)
@@ -107,12 +119,18 @@ def activation_bytes(shape: XLNetShape, lengths: Sequence[int], precision: str) 
     # A stream's inputs of dense layers and norms (these fp32), its two kinds of queries, both sides of the GELU, two norms' statistics.
     stream = num_tokens * (width * (2 * 4 + (5 + 2 * drops) * size) + shape.intermediate_size * (2 + drops) * size + 16)
     stream += pairs * shape.num_heads * (1 + 2 * drops) * size
-    query = TARGET_FRACTION * (stream + sites * shape.num_heads * size)
-    layers = (shape.num_layers - 1) * stream + shape.num_layers * (query + (3 * num_keys + num_distances) * width * size)
-    masks = pairs * (1 + TARGET_FRACTION * (1 + 8))  # and which distance each pair has, int64
-    head = TARGET_FRACTION * num_tokens * ((2 * 4 + size) * drops * width + 4 * shape.vocabulary_size)
-    embeddings = num_tokens * (8 + 4 * drops * width) + num_distances * width * size
-    return round(layers + masks + head + embeddings)
+    query = fraction * (stream + sites * shape.num_heads * size) + (3 * num_keys + num_distances) * width * size
+    return [query + stream] * (shape.num_layers - 1) + [query]
+
+
+def layer_bytes(shape: XLNetShape, lengths: Sequence[int], precision: str, objective: Permutation | None) -> tuple[list[int], list[int]]:
+    """What each layer keeps, and what its backward pass needs for a moment: gradients of its hidden states, and of the scores of
+    its widest stream, of which some are fp32 in any precision."""
+    fraction, memory = objective.fraction if objective else TARGET_FRACTION, shape.memory_length
+    scores = 1.5 * shape.num_heads * (4 if precision == "fp32" else 3) * sum(length * (length + memory) for length in lengths)
+    gradients = 3.5 * 4 * shape.hidden_size * sum(lengths)
+    kept = [round(layer) for layer in _layers(shape, lengths, precision, fraction)]
+    return kept, [round(gradients + scores)] * (len(kept) - 1) + [round(fraction * (gradients + scores))]
 
 
 def lane_bytes(shape: XLNetShape, num_tokens: int) -> int:
@@ -168,4 +186,5 @@ ARCHITECTURE = Architecture(
     activation_bytes=activation_bytes,
     lanes=True,
     lane_bytes=lane_bytes,
+    layer_bytes=layer_bytes,
 )

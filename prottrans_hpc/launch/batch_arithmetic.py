@@ -38,21 +38,28 @@ class PhaseBatch:
     """Of each rank and step: the accumulation steps."""
     fullest: int | None = None
     """Residues of the fullest micro batch, where they are known: with lanes."""
+    tensor_ranks: int = 1
+    """Ranks that see the same sequences."""
+
+    @property
+    def num_data_ranks(self) -> int:
+        """Shares that a step is cut into."""
+        return max(1, self.num_ranks // self.tensor_ranks)
 
     @property
     def sequences_per_rank(self) -> float:
         """The local batch."""
-        return self.num_sequences / self.num_ranks
+        return self.num_sequences / self.num_data_ranks
 
     @property
     def residues_per_micro_batch(self) -> float:
         """On the mean."""
-        return self.num_sequences * self.mean_residues / (self.num_ranks * self.num_micro_batches)
+        return self.num_sequences * self.mean_residues / (self.num_data_ranks * self.num_micro_batches)
 
     @property
     def num_idle_ranks(self) -> int:
         """Ranks for which a step has no sequence."""
-        return max(0, self.num_ranks - self.num_sequences)
+        return max(0, self.num_data_ranks - self.num_sequences) * self.tensor_ranks
 
     def fullest_micro_batch(self, max_residues: int) -> int:
         """Residues that the fullest micro batch is expected to have: even packing, but a whole long sequence always fits."""
@@ -71,14 +78,16 @@ def _plan_phase(recipe: Recipe, number: int, phase: Phase, num_ranks: int, mean_
     mean = float(phase.max_residues) if has_lanes else min(mean_residues, float(phase.max_residues))
     num_sequences = phase.global_batch_size or max(1, int((phase.global_batch_residues or 0) / mean))
     bin_residues = max(recipe.loading.bin_residues, phase.max_residues)
+    tensor_ranks = recipe.parallel.tensor_ranks
+    num_shares = max(1, num_ranks // tensor_ranks)
     if has_lanes:
-        most = -(-num_sequences // num_ranks)
+        most = -(-num_sequences // num_shares)
         num_micro_batches = -(-most // (bin_residues // phase.max_residues))
         fullest = -(-most // num_micro_batches) * phase.max_residues
-        return PhaseBatch(number, num_sequences, mean, num_ranks, bin_residues, num_micro_batches, fullest)
+        return PhaseBatch(number, num_sequences, mean, num_ranks, bin_residues, num_micro_batches, fullest, tensor_ranks)
     # As the packing does: bins over 99 % full are hardly ever even enough.
-    num_micro_batches = max(1, math.ceil(1.01 * num_sequences * mean / (num_ranks * bin_residues)))
-    return PhaseBatch(number, num_sequences, mean, num_ranks, bin_residues, num_micro_batches)
+    num_micro_batches = max(1, math.ceil(1.01 * num_sequences * mean / (num_shares * bin_residues)))
+    return PhaseBatch(number, num_sequences, mean, num_ranks, bin_residues, num_micro_batches, tensor_ranks=tensor_ranks)
 
 
 def check_lanes(chosen: Architecture, recipe: Recipe, machine: Machine, *, num_nodes: int) -> None:

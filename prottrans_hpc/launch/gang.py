@@ -117,9 +117,9 @@ def describe(plan: Plan, run: Run | None) -> str:
 def carry_out(plan: Plan, *, detach: bool) -> int:
     """Write the run directory and start or submit the job; the exit code of a job in the foreground, 0 of any other."""
     directory = _prepare(plan.run_dir.path)
-    with _locked(directory) as lock:
+    with locked(directory) as lock:
         run = existing_run(plan)
-        _check_idle(directory)
+        check_idle(directory)
         _write_run(plan, directory, run)
         durable.write_bytes(directory.job_script, plan.script)
         directory.exit_code.unlink(missing_ok=True)
@@ -127,13 +127,30 @@ def carry_out(plan: Plan, *, detach: bool) -> int:
             _submit_chain(plan, directory)
             return 0
         if not detach:
-            _write_jobs(directory, "local", [str(os.getpid())])
+            write_jobs(directory, "local", [str(os.getpid())])
             return foreground.run(["bash", str(directory.job_script)], lock)
         job_id = submission.submit("local", directory, keep_open=(lock,))
-        _write_jobs(directory, "local", [job_id])
+        write_jobs(directory, "local", [job_id])
         path = directory.path
         terminal.note(f"started in the background as process {job_id}\n  follow: prottrans runs logs {path} --follow\n  stop:   prottrans runs cancel {path}")
         return 0
+
+
+def set_up(plan: Plan, script: bytes) -> RunDir:
+    """Write the run directory for a job that runs others beside it, and start nothing; `script` is what that job calls."""
+    directory = _prepare(plan.run_dir.path)
+    with locked(directory):
+        run = existing_run(plan)
+        check_idle(directory)
+        _write_run(plan, directory, run)
+        durable.write_bytes(directory.job_script, script)
+        directory.exit_code.unlink(missing_ok=True)
+    return directory
+
+
+def belongs_to(directory: RunDir, scheduler: str, job_id: str, *, account: str | None) -> None:
+    """Note which job runs in a directory that `set_up` made."""
+    write_jobs(directory, scheduler, [job_id], account=account)
 
 
 def _submit_chain(plan: Plan, directory: RunDir) -> None:
@@ -144,7 +161,7 @@ def _submit_chain(plan: Plan, directory: RunDir) -> None:
             job_ids.append(submission.submit(scheduler, directory, after=job_ids[-1] if job_ids else plan.after))
         except SubmitError as error:
             raise type(error)(f"{error}{_already(job_ids, number, plan.num_jobs, directory)}") from error
-        _write_jobs(directory, scheduler, job_ids, account=plan.account)
+        write_jobs(directory, scheduler, job_ids, account=plan.account)
         job_events.record(directory, "submitted", job_id=job_ids[-1], restart=0, number=number, of=plan.num_jobs)
     terminal.note(f"submitted to {plan.machine.name}: job {', then '.join(job_ids)}")
 
@@ -158,7 +175,7 @@ def _already(job_ids: Sequence[str], number: int, num_jobs: int, directory: RunD
     return f". This was job {number} of a chain of {num_jobs}; {named} before it will run: {remedy}"
 
 
-def _check_idle(directory: RunDir) -> None:
+def check_idle(directory: RunDir) -> None:
     """Raises SubmitError when a batch job of this run directory may still run: two must never train in one."""
     jobs, held = run_dir.read_jobs(directory), lease.read_lease(directory)
     asked: dict[str, list[str]] = {}
@@ -219,13 +236,14 @@ def _plain(run: Run) -> dict[str, Any]:
     return {**vars(run), **nouns, "init": vars(run.init) if run.init else None}
 
 
-def _write_jobs(directory: RunDir, scheduler: str, job_ids: Sequence[str], *, account: str | None = None) -> None:
+def write_jobs(directory: RunDir, scheduler: str, job_ids: Sequence[str], *, account: str | None = None) -> None:
+    """Note what was submitted, and where."""
     submitted = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     run_dir.write_jobs(directory, run_dir.Jobs(scheduler, tuple(job_ids), os.uname().nodename, submitted, account))
 
 
 @contextmanager
-def _locked(directory: RunDir) -> Iterator[int]:
+def locked(directory: RunDir) -> Iterator[int]:
     """Hold the run directory; the descriptor goes to the job, so that the last of its processes gives it free."""
     descriptor = os.open(directory.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:

@@ -28,7 +28,7 @@ def render(job: Job, header: Sequence[str]) -> bytes:
         "",
         *_exit_trap_lines(job),
         "",
-        *_setup_lines(job.machine),
+        *setup_lines(job.machine),
         *_environment_lines(job),
         *starter.setup,
         "",
@@ -79,7 +79,8 @@ def _own_call(job: Job, module: str) -> str:
     return f'{shlex.join(job.module(module))} {job.machine.scheduler} "$run_dir"'
 
 
-def _setup_lines(machine: Machine) -> list[str]:
+def setup_lines(machine: Machine) -> list[str]:
+    """What prepares the environment of a job."""
     if not machine.setup_lines:
         return []
     return ["# Modules and virtual environments use variables that are not set.", "set +u", *machine.setup_lines, "set -u", ""]

@@ -50,6 +50,10 @@ class Gang:
         return self.num_nodes * self.ranks_per_node
 
 
+_LEAVING_GRACES = 6
+"""So many graces have the other ranks when one has ended to be requeued: they have saved as well, or one of them hangs for ever."""
+
+
 @dataclass(frozen=True)
 class Ending:
     """How a rank ended."""
@@ -112,19 +116,22 @@ def run(gang: Gang) -> int:
 
 def _wait(gang: Gang, ranks: Mapping[int, subprocess.Popen[bytes]]) -> tuple[list[Ending], bool]:
     """Wait until every rank has ended, passing signals on; the endings in order, and whether a stop was asked for."""
-    running, endings, stopped, deadline = dict(ranks), list[Ending](), False, Deadline()
+    running, endings, stopped, deadline, leaving = dict(ranks), list[Ending](), False, Deadline(), Deadline()
     while True:
         for ending in _reap(running):
-            endings.append(ending)
+            # A rank that hung until we killed it, after another had given it up, is no failure of its own.
+            endings.append(Ending(ending.rank, REQUEUE) if leaving.is_past and ending.code == 128 + signal.SIGKILL else ending)
+            if ending.code == REQUEUE:
+                leaving.set_in(_LEAVING_GRACES * gang.grace_s)
             # A rank that failed leaves the others in a collective; one that saved and stopped does not.
             if ending.code not in (DONE, REQUEUE) and deadline.remaining_s is None:
                 _send(running, signal.SIGTERM)
                 deadline.set_in(gang.grace_s)
         if not running:
             return endings, stopped
-        if deadline.is_past:
+        if deadline.is_past or leaving.is_past:
             _send(running, signal.SIGKILL)
-        number = next_signal(None if deadline.is_past else deadline.remaining_s)
+        number = next_signal(min((wait.remaining_s for wait in (deadline, leaving) if wait.remaining_s), default=None))
         if number in (*STOP_SIGNALS, signal.SIGHUP):
             stopped = True
             _send(running, signal.SIGTERM if number == signal.SIGHUP else number)

@@ -86,11 +86,13 @@ def _extra_lines(job: Job) -> list[str]:
 
 def _place_lines(job: Job) -> list[str]:
     """Any nodes, or in expert mode whole racks: one slot on a launch node and all slots of the compute nodes."""
+    excluded = [f"hname!='{name}'" for name in job.allocation.excluded_nodes]
     nodes, racks, cores = job.allocation.num_nodes, job.allocation.num_racks, job.machine.node.num_cpu_cores
     if racks is None:
-        return [f"#BSUB -nnodes {nodes}"]
+        return [f"#BSUB -nnodes {nodes}", *([f'#BSUB -R "select[{" && ".join(excluded)}]"'] if excluded else [])]
+    wanted = "&&".join(("(CN)", "(type==any)", *(f"({term})" for term in excluded)))
     launch = "1*{select[((LN)&&(type==any))]order[r15s:pg]span[hosts=1]cu[type=rack:pref=config]}"
-    compute = f"{nodes * cores}*{{select[((CN)&&(type==any))]order[r15s:pg]span[ptile={cores}]cu[type=rack:maxcus={racks}]}}"
+    compute = f"{nodes * cores}*{{select[({wanted})]order[r15s:pg]span[ptile={cores}]cu[type=rack:maxcus={racks}]}}"
     return ["#BSUB -csm y", f"#BSUB -n {1 + nodes * cores}", f'#BSUB -R "{launch}+{compute}"']
 
 

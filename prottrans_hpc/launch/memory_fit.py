@@ -1,74 +1,32 @@
 """Whether a model can be trained in the memory of a rank, before anything is queued. Pure arithmetic, no torch.
 
-What is counted: weights, gradients and fp32 masters as the precision has them, the optimizer's fp32 state; under
-autocast the cast weights; the activations of the fullest micro batch as the architecture counts them, less those of layers that are recomputed; what an update
-needs beside its state for a moment, when the activations are gone; where ranks compute on the host, the copy of the state that a save writes from. A share
-of the memory is left to the runtime, workspaces and fragmentation.
+What is counted stands in `memory_need`; here it meets the machine's memory, of which a share is left to the runtime,
+workspaces and fragmentation, and where it does not fit, what would.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 from ..architecture import Architecture
 from ..errors import ConfigError
 from ..machine import Machine
+from ..parallel_layout import ParallelLayout, layout_on
 from ..precision_levels import LEVELS
 from ..recipe import Recipe
+from ..recipe_objectives import Denoising
 from .batch_arithmetic import PhaseBatch
-from .recomputation import activation_bytes
+from .memory_need import MemoryNeed, Rank, need_of
+from .recomputation import Tokens
 
 GIB = 2**30
 MARGIN = 0.10
 """Share of a GPU's, or a node's, memory that is not planned with."""
 
-_STATE = {"lamb": 8.0, "adamw": 8.0, "adam": 8.0, "adafactor": 0.2}
-"""Bytes a parameter of an optimizer's state: two moments in fp32, or a number a row and a column of matrices at least 64 wide."""
-_UPDATE = {"lamb": 12.0, "adamw": 0.0, "adam": 0.0, "adafactor": 1.0}
-"""Bytes a parameter that an update on a GPU needs for a moment: LAMB's scaled gradients, denominators and directions; Adafactor's directions
-of the largest tensor (a position table of ProtBert's has a tenth of all parameters, twice 4 bytes)."""
-_GROUP = {"lamb": 1 << 26}
-"""Parameters that are updated at once, where it is not all; tests hold it against the ranks' side."""
-_CAST = 2
-"""Bytes a parameter of the copies that autocast keeps of fp32 weights during a step."""
-_FP32 = 4
-"""Bytes a parameter of a master, of a gradient that a half one is widened to for an update, of a copy where there is no master."""
-_MOST_WRITERS = 64
-"""Ranks that write a checkpoint together, at most; tests hold it against the ranks' side."""
 _STEP_RESIDUES = 256
-
-
-@dataclass(frozen=True)
-class MemoryNeed:
-    """Bytes that one rank needs."""
-
-    parameters: int
-    gradients: int
-    optimizer: int
-    cast_weights: int
-    activations: int
-    """What the layers keep for the gradient, of the fullest micro batch of any phase."""
-    update: int
-    """For a moment, when the activations are gone."""
-    masters: int = 0
-    """The fp32 weights behind half ones."""
-    lanes: int = 0
-    """What a model with memory remembers of this rank's lanes."""
-    checkpoint: int = 0
-    """The copy that a save is written from, where it lies in the same memory."""
-
-    @property
-    def fixed(self) -> int:
-        """What no choice of micro batch changes."""
-        return self.parameters + self.gradients + self.masters + self.optimizer + self.lanes + self.checkpoint
-
-    @property
-    def peak(self) -> int:
-        """At the end of a forward pass or in the update, whichever is more."""
-        return self.fixed + max(self.cast_weights + self.activations, self.update)
 
 
 def memory_gib(machine: Machine, num_ranks: int) -> float | None:
@@ -79,10 +37,12 @@ def memory_gib(machine: Machine, num_ranks: int) -> float | None:
     return machine.node.host_memory_gib / sharing if machine.node.host_memory_gib else None
 
 
-def memory_need(recipe: Recipe, chosen: Architecture, shape: Any, batches: list[PhaseBatch], *, on_gpu: bool) -> MemoryNeed:
-    """What a rank needs for the fullest micro batch that is expected."""
+def memory_need(
+    recipe: Recipe, chosen: Architecture, shape: Any, batches: list[PhaseBatch], *, on_gpu: bool, layout: ParallelLayout | None = None
+) -> MemoryNeed:
+    """What a rank needs for the fullest micro batch that is expected; without a layout every rank holds the whole model."""
     residues = [batch.fullest_micro_batch(recipe.phases[batch.phase].max_residues) for batch in batches]
-    return _need(recipe, chosen, shape, residues, batches, on_gpu=on_gpu)
+    return _need(recipe, chosen, shape, residues, batches, Rank(on_gpu, layout or ParallelLayout(batches[0].num_ranks)))
 
 
 def fitting_bins(recipe: Recipe, machine: Machine, chosen: Architecture, shape: Any, batches: list[PhaseBatch]) -> int | None:
@@ -99,7 +59,7 @@ def check_memory(recipe: Recipe, machine: Machine, chosen: Architecture, shape: 
     memory = memory_gib(machine, batches[0].num_ranks)
     if memory is None:
         return None
-    need = memory_need(recipe, chosen, shape, batches, on_gpu=machine.node.gpu is not None)
+    need = memory_need(recipe, chosen, shape, batches, on_gpu=machine.node.gpu is not None, layout=_layout(recipe, machine, batches))
     if need.peak <= _usable(memory):
         return need
     place = f"{machine.node.gpu.name} of {machine.name} has" if machine.node.gpu else f"a rank on {machine.name} has"
@@ -109,6 +69,10 @@ def check_memory(recipe: Recipe, machine: Machine, chosen: Architecture, shape: 
     )
 
 
+def _layout(recipe: Recipe, machine: Machine, batches: list[PhaseBatch]) -> ParallelLayout:
+    return layout_on(recipe.parallel, machine, batches[0].num_ranks)
+
+
 def _usable(memory: float) -> float:
     return memory * (1.0 - MARGIN) * GIB
 
@@ -116,9 +80,11 @@ def _usable(memory: float) -> float:
 def _peak_by_bins(recipe: Recipe, machine: Machine, chosen: Architecture, shape: Any, batches: list[PhaseBatch]) -> Callable[[int], int]:
     """The peak of a rank as a function of `loading.bin_residues`."""
 
+    rank = Rank(machine.node.gpu is not None, _layout(recipe, machine, batches))
+
     def needed_with(bin_residues: int) -> int:
         sizes = [min(bin_residues, batch.fullest_micro_batch(recipe.phases[batch.phase].max_residues)) for batch in batches]
-        return _need(recipe, chosen, shape, sizes, batches, on_gpu=machine.node.gpu is not None).peak
+        return _need(recipe, chosen, shape, sizes, batches, rank).peak
 
     return needed_with
 
@@ -132,43 +98,38 @@ def need_text(need: MemoryNeed) -> str:
         "optimizer": need.optimizer,
         "cast weights": need.cast_weights,
         "activations": need.activations,
+        "gathered weights": need.gathered,
         "memories of the lanes": need.lanes,
         "checkpoint": need.checkpoint,
     }
     said = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items() if size)
-    update = f" (an update needs {need.update / GIB:.2f} in their place)" if need.update > need.activations + need.cast_weights else ""
+    update = f" (an update needs {need.update / GIB:.2f} in their place)" if need.update > need.activations + need.cast_weights + need.gathered else ""
     return f"a rank needs {need.peak / GIB:.1f} GiB: {said}{update}"
 
 
-def _need(recipe: Recipe, chosen: Architecture, shape: Any, residues: list[int], batches: list[PhaseBatch], *, on_gpu: bool) -> MemoryNeed:
-    count = chosen.num_parameters(shape)
-    special = len(chosen.vocabulary.prefix) + len(chosen.vocabulary.suffix)
-    level, kept_in = LEVELS[recipe.precision], "bf16" if LEVELS[recipe.precision].is_half else "fp32"
-    activations = [
-        activation_bytes(chosen, shape, _lengths(number, recipe.phases[phase].max_residues, special), kept_in, recipe.memory.recompute_every)
-        for phase, number in enumerate(residues)
-    ]
-    lanes = 0
-    if chosen.lane_bytes is not None:
-        lanes = max(math.ceil(batch.sequences_per_rank) * chosen.lane_bytes(shape, recipe.phases[batch.phase].max_residues) for batch in batches)
-    state = round(_STATE[recipe.optimizer.name] * count)
-    masters = _FP32 * count if level.has_masters else 0
-    widened = (_FP32 if level.has_masters else 2 * _FP32) * count if level.weight_bytes < _FP32 else 0
-    return MemoryNeed(
-        parameters=level.weight_bytes * count,
-        gradients=level.weight_bytes * count,
-        masters=masters,
-        optimizer=state,
-        cast_weights=_CAST * count if level.is_half and level.weight_bytes == _FP32 else 0,
-        activations=max(activations),
-        update=widened + (round(_UPDATE[recipe.optimizer.name] * min(count, _GROUP.get(recipe.optimizer.name, count))) if on_gpu else 0),
-        lanes=lanes,
-        checkpoint=0 if on_gpu else ((masters or level.weight_bytes * count) + state) // min(batches[0].num_ranks, _MOST_WRITERS),
-    )
+def _need(recipe: Recipe, chosen: Architecture, shape: Any, residues: list[int], batches: list[PhaseBatch], rank: Rank) -> MemoryNeed:
+    tokens = [planned_tokens(recipe, sequence_lengths(chosen, number, recipe.phases[phase].max_residues)) for phase, number in enumerate(residues)]
+    need = need_of(recipe, chosen, shape, tokens, rank)
+    if chosen.lane_bytes is None:
+        return need
+    own = (math.ceil(batch.num_sequences / rank.layout.num_data_ranks) * chosen.lane_bytes(shape, recipe.phases[batch.phase].max_residues) for batch in batches)
+    return replace(need, lanes=max(own))
 
 
-def _lengths(residues: int, max_residues: int, special: int) -> list[int]:
+def planned_tokens(recipe: Recipe, lengths: list[int]) -> Tokens:
+    """What encoder and decoder read of sequences of so many tokens, under the recipe's objective."""
+    objective = recipe.objective
+    if not isinstance(objective, Denoising) or (objective.noise, objective.target) == ("single", "whole"):
+        return Tokens(lengths)
+    corrupted = objective.fraction / (objective.mean_span if objective.noise == "spans" else 1.0)  # sentinels a residue
+    read = [math.ceil(length * (1.0 - objective.fraction + corrupted)) for length in lengths]
+    written = sum(math.ceil(length * (objective.fraction + corrupted)) + 2 for length in lengths) if objective.target == "sentinels" else sum(lengths)
+    return Tokens(read, written)
+
+
+def sequence_lengths(chosen: Architecture, residues: int, max_residues: int) -> list[int]:
     """Tokens of the sequences of a micro batch, the longest that there may be: what costs most where attention is kept."""
+    special = len(chosen.vocabulary.prefix) + len(chosen.vocabulary.suffix)
     whole, rest = divmod(residues, max_residues)
     return [max_residues + special] * whole + ([rest + special] if rest else [])
 

@@ -96,6 +96,21 @@ def size(command: Command) -> Command:
     return wrapped
 
 
+def exclude(command: Command) -> Command:
+    """Add ``--exclude``; the verb gets the nodes as `excluded`, None when it is not given."""
+    help_text = "Batch systems: nodes that the job must not get, as in n[1-3],n7; none: all may be used again."
+    return click.option("--exclude", "excluded", metavar="NODE[,NODE]", callback=_as_nodes, help=help_text)(command)
+
+
+def _as_nodes(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[str, ...] | None:
+    from .exclusion import parse_nodes
+
+    try:
+        return None if value is None else parse_nodes(value)
+    except ConfigError as error:
+        raise click.BadParameter(str(error), ctx, param) from error
+
+
 def account(command: Command) -> Command:
     """Add ``--account``."""
     return click.option("--account", metavar="A", help="The project that the machine charges.")(command)

@@ -22,6 +22,7 @@ def name_nodes(machine: Machine, allocation: Allocation, *, required: bool) -> A
     try:
         racks = rack_nodes.parse_topology(submission.ask(machine.scheduler, rack_nodes.TOPOLOGY_ARGV, "learn which nodes share a rack"))
         states = rack_nodes.parse_node_states(submission.ask(machine.scheduler, rack_nodes.node_states_argv(partition), "learn which nodes are free"))
+        states |= dict.fromkeys(allocation.excluded_nodes, "down")
         names = rack_nodes.choose(racks, states, num_racks=allocation.num_racks, nodes_per_rack=machine.nodes_per_rack)
     except SubmitError as error:
         if required:

@@ -8,17 +8,22 @@ from typing import Any
 
 from ..errors import ConfigError
 from ..machine import Licence, Machine
+from ..parallel_layout import layout_on
 from . import planner, queues
 from .batch_arithmetic import ASSUMED_MEAN_RESIDUES, PhaseBatch
 from .demand import time_text
 from .duration import START_UP_MIN
 from .memory_fit import GIB, MARGIN, memory_gib, need_text
 from .prospect import Prospect
+from .sharding_fit import layout_text
 
 
 def describe(prospect: Prospect) -> Iterator[tuple[str, str]]:
     """(what, words) of everything in a plan, for people."""
     yield "size", _size_text(prospect)
+    layout = layout_on(prospect.recipe.parallel, prospect.machine, prospect.allocation.num_ranks)
+    if not layout.is_plain:
+        yield "layout", layout_text(layout)
     yield from _queue_lines(prospect)
     yield from (("licence", _licence_text(prospect.machine, licence)) for licence in prospect.machine.licences)
     yield from (("batch", _batch_text(prospect, batch)) for batch in prospect.batches)
@@ -41,6 +46,7 @@ def to_json(prospect: Prospect, *, recipe_name: str) -> dict[str, Any]:
         "recipe": recipe_name,
         "machine": machine.name,
         "allocation": asdict(allocation) | {"num_ranks": allocation.num_ranks},
+        "layout": asdict(layout_on(prospect.recipe.parallel, machine, allocation.num_ranks)),
         "bin": asdict(slot) if slot else None,
         "phases": [
             asdict(batch)

@@ -17,6 +17,7 @@ from .batch_arithmetic import check_lanes, plan_batches
 from .demand import Demand
 from .memory_fit import check_memory
 from .racks import count_nodes
+from .sharding_fit import check_sharding
 
 _MPI_STARTERS = ("mpirun", "srun", "jsrun")
 """Starters whose ranks are MPI programs, as Horovod's are."""
@@ -33,6 +34,7 @@ def plan(recipe: Recipe, machine: Machine, demand: Demand | None = None, *, num_
     _check_gpus(recipe, machine)
     chosen = architecture.get(recipe.architecture.name)
     shape: Any = chosen.size(recipe.architecture.size).shape
+    check_sharding(recipe, machine, chosen, shape, num_ranks=allocation.num_ranks)
     check_lanes(chosen, recipe, machine, num_nodes=allocation.num_nodes)
     check_memory(recipe, machine, chosen, shape, plan_batches(recipe, num_ranks=allocation.num_ranks, mean_residues=mean_residues))
     return allocation
@@ -73,7 +75,7 @@ def remarks(recipe: Recipe, machine: Machine, allocation: Allocation) -> list[st
     if machine.scheduler == "local" and allocation.num_ranks > usable_cpu_cores(machine.node) and not machine.node.num_gpus:
         lines.append(f"{allocation.num_ranks} ranks share {usable_cpu_cores(machine.node)} CPU cores: fine for a test, slower than fewer ranks")
     smallest = min((phase.global_batch_size for phase in recipe.phases if phase.global_batch_size), default=None)
-    if smallest is not None and smallest < allocation.num_ranks:
+    if smallest is not None and smallest < allocation.num_ranks // recipe.parallel.tensor_ranks:
         lines.append(f"{allocation.num_ranks} ranks share steps of {smallest} sequences: some ranks have nothing to do")
     if machine.retired:
         lines.append(f"{machine.name} exists no more; its profile is kept to reproduce what ran there")

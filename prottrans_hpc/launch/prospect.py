@@ -15,7 +15,8 @@ from .checks import CorpusFacts
 from .demand import Demand
 from .duration import ASSUMED_UTILISATION, count_jobs, estimate_minutes
 from .epochs import steps_per_epoch
-from .memory_fit import GIB, MemoryNeed, check_memory, fitting_bins
+from .memory_fit import GIB, check_memory, fitting_bins
+from .memory_need import MemoryNeed
 
 
 @dataclass(frozen=True)

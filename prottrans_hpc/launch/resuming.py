@@ -10,7 +10,7 @@ from pathlib import Path
 from .. import errors, run_dir, terminal
 from ..errors import ConfigError, SubmitError
 from ..machine import Allocation, Machine, read_machine
-from . import checks, follow, gang, placement, planner
+from . import checks, exclusion, follow, gang, placement, planner
 from .demand import Demand
 from .gang import Plan
 from .job import num_ranks_text
@@ -31,6 +31,8 @@ class Changes:
     num_jobs: int | None = None
     """Of the chain."""
     account: str | None = None
+    excluded: tuple[str, ...] | None = None
+    """Nodes that the job must not get."""
     dry_run: bool = False
     detach: bool = False
     follows: bool = False
@@ -83,6 +85,11 @@ def plan_again(facts: RunFacts, changes: Changes) -> Plan:
     machine = read_machine(changes.machine) if changes.machine else run.machine
     account = changes.account or (facts.jobs.account if facts.jobs and not changes.machine and machine.scheduler != "local" else None)
     planner.check_account(machine, account)
+    # Of another machine the nodes have other names.
+    excluded = changes.excluded if changes.excluded is not None else () if changes.machine else run.allocation.excluded_nodes
+    allocation = exclusion.leave_out(machine, replace(_allocation(facts, machine, changes), node_names=()), excluded, facts.run_dir)
+    for remark in exclusion.remarks(allocation):
+        terminal.note(f"note: {remark}")
     before = len(facts.jobs.job_ids) if facts.jobs and facts.jobs.scheduler != "local" else 1
     return Plan(
         run.recipe,
@@ -90,7 +97,7 @@ def plan_again(facts: RunFacts, changes: Changes) -> Plan:
         checks.read_corpus_facts(Path(run.corpus), must_exist=not changes.dry_run),
         machine,
         # Nodes that were named then may be down or busy now.
-        placement.name_nodes(machine, replace(_allocation(facts, machine, changes), node_names=()), required=not changes.dry_run),
+        placement.name_nodes(machine, allocation, required=not changes.dry_run),
         changes.steps if changes.steps is not None else run.stop_after_step,
         facts.run_dir,
         RANK_FLAGS[terminal.verbosity()],

@@ -19,6 +19,7 @@ from typing import Any
 from ..run_dir import RunDir
 from . import job_events
 from .run_files import Record, read_records
+from .trouble_notes import NOTES
 
 _HOUR_S = 3600.0
 
@@ -193,8 +194,8 @@ def _stopped(rows: list[Start], event: Record) -> None:
         row.ended = str(event.get("time"))
 
 
-def _went_back(rows: list[Start], event: Record) -> None:
-    _open_row(rows).notes.append(f"went back from step {event.get('step')} to {event.get('to')}: {event.get('cause')}")
+def _troubled(rows: list[Start], event: Record) -> None:
+    _open_row(rows).notes.append(NOTES[str(event["event"])](event))
 
 
 def _note(rows: list[Start], event: Record) -> None:
@@ -212,8 +213,8 @@ _TELLERS = {
     "ended": _ended,
     "start": _started,
     "stop": _stopped,
-    "went back": _went_back,
     "taken_over": _taken_over,
+    **dict.fromkeys(NOTES, _troubled),
     **dict.fromkeys(("refused", "requeued", "cancelled", "cancelled_rest"), _note),
 }
 

@@ -57,6 +57,7 @@ def render_header(job: Job) -> list[str]:
         ("mem", "0"),
         ("time", walltime(walltime_min)),
         *_rack_options(job),
+        ("exclude", hostlist.compress(allocation.excluded_nodes) or None),
         # B: to the script alone, which tells srun. The ranks would get it twice, and a second one in the middle of saving.
         ("signal", f"B:USR1@{min(60 * machine.warning_min, 30 * walltime_min)}"),
         # In a path of Slurm's % begins a pattern (%j is the job id).

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ..memory.keeping import kept
+
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(query, key, value), each [T, H, D] -> [T, H, D]; the scores are scaled by D ** -0.5."""
 
@@ -163,9 +165,7 @@ class _Products(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, lengths: list[int]) -> Tensor:
-        result = torch.empty_like(query)
-        for q, k, v, out in zip(*(torch.split(part, lengths) for part in (query, key, value, result)), strict=True):
-            out.copy_(torch.bmm(_weights(q, k), v.transpose(0, 1)).transpose(0, 1))
+        result = kept(lambda: _products_of(query, key, value, lengths))
         ctx.save_for_backward(query, key, value, result)
         ctx.lengths = lengths
         return result
@@ -185,6 +185,13 @@ class _Products(torch.autograd.Function):
             q_total.copy_(torch.bmm(scores_HLL, k.transpose(0, 1)).transpose(0, 1))
             k_total.copy_(torch.bmm(scores_HLL.mT, q.transpose(0, 1)).transpose(0, 1))
         return *totals, None
+
+
+def _products_of(query: Tensor, key: Tensor, value: Tensor, lengths: list[int]) -> Tensor:
+    result = torch.empty_like(query)
+    for q, k, v, out in zip(*(torch.split(part, lengths) for part in (query, key, value, result)), strict=True):
+        out.copy_(torch.bmm(_weights(q, k), v.transpose(0, 1)).transpose(0, 1))
+    return result
 
 
 def _weights(query_LHD: Tensor, key_LHD: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ..memory.keeping import kept
 from . import attention
 from .attention import Attend
 
@@ -114,12 +115,8 @@ class _Products(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias_HR: Tensor, lengths: list[int], dropout: float) -> Tensor:
-        result, seed = torch.empty_like(query), int(torch.randint(1 << 62, ()).item()) if dropout else 0
-        for index, (q, k, v, out) in enumerate(_sequences(lengths, query, key, value, result)):
-            weights_HIJ = _weights(q, k, bias_HR)
-            if dropout:
-                weights_HIJ *= _kept(weights_HIJ, dropout, seed + index)
-            out.copy_(torch.bmm(weights_HIJ, v.transpose(0, 1)).transpose(0, 1).flip(0))
+        seed = int(torch.randint(1 << 62, ()).item()) if dropout else 0
+        result = kept(lambda: _products_of((query, key, value), bias_HR, lengths, dropout, seed))
         ctx.save_for_backward(query, key, value, bias_HR, result)
         ctx.settings = lengths, dropout, seed
         return result
@@ -145,6 +142,16 @@ class _Products(torch.autograd.Function):
             q_total.copy_(torch.bmm(scores_HIJ, k.transpose(0, 1)).transpose(0, 1).flip(0))
             k_total.copy_(torch.bmm(scores_HIJ.mT, q.flip(0).transpose(0, 1)).transpose(0, 1))
         return *totals, bias_total, None, None
+
+
+def _products_of(parts: tuple[Tensor, ...], bias_HR: Tensor, lengths: list[int], dropout: float, seed: int) -> Tensor:
+    result = torch.empty_like(parts[0])
+    for index, (q, k, v, out) in enumerate(_sequences(lengths, *parts, result)):
+        weights_HIJ = _weights(q, k, bias_HR)
+        if dropout:
+            weights_HIJ *= _kept(weights_HIJ, dropout, seed + index)
+        out.copy_(torch.bmm(weights_HIJ, v.transpose(0, 1)).transpose(0, 1).flip(0))
+    return result
 
 
 def _sequences(lengths: list[int], *parts: Tensor) -> Iterator[tuple[Tensor, ...]]:

@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..memory.keeping import kept
+
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 """(query [T, H, D], key [K, H, D], value [K, H, D], table of distances [P, H, D] from the largest to 0, content bias [H, D],
 distance bias [H, D]) -> [T, H, D]; the scores are scaled by D ** -0.5."""
@@ -137,13 +139,7 @@ class _Blocks(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, table: Tensor, content: Tensor, distance: Tensor, *plan: Any) -> Tensor:
-        blocks, window = plan
-        result, scale = torch.empty_like(query), query.shape[-1] ** -0.5
-        biases = tuple((bias * scale)[:, None] for bias in (content, distance))
-        for block in blocks:
-            rows, columns = _rows(block)
-            weights = _weights(block, query[rows].transpose(0, 1) * scale, *_keys(block, key, table), biases, window)
-            result[rows] = torch.bmm(weights, value[columns].transpose(0, 1)).transpose(0, 1)
+        result = kept(lambda: _products_of((query, key, value, table), (content, distance), *plan))
         ctx.save_for_backward(query, key, value, table, content, distance, result)
         ctx.plan = plan
         return result
@@ -162,6 +158,17 @@ class _Blocks(torch.autograd.Function):
             _backward_block(block, (query, key, value, table), (gradient, inner_TH), biases, window, totals, of_biases)
         of_content, of_distance = (total.to(bias.dtype) for total, bias in zip(of_biases, (content, distance), strict=True))
         return *totals, of_content, of_distance, None, None
+
+
+def _products_of(inputs: tuple[Tensor, ...], plain_biases: tuple[Tensor, Tensor], blocks: list[_Block], window: int | None) -> Tensor:
+    query, key, value, table = inputs
+    result, scale = torch.empty_like(query), query.shape[-1] ** -0.5
+    content, distance = ((bias * scale)[:, None] for bias in plain_biases)
+    for block in blocks:
+        rows, columns = _rows(block)
+        weights = _weights(block, query[rows].transpose(0, 1) * scale, *_keys(block, key, table), (content, distance), window)
+        result[rows] = torch.bmm(weights, value[columns].transpose(0, 1)).transpose(0, 1)
+    return result
 
 
 def _backward_block(

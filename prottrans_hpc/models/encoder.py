@@ -42,7 +42,7 @@ class Layer(nn.Module):
 
     def __init__(self, width: int, inner: int, *, num_heads: int, epsilon: float) -> None:
         super().__init__()
-        self.num_heads = num_heads
+        self.head_size = width // num_heads
         self.query = nn.Linear(width, width)
         self.key = nn.Linear(width, width)
         self.value = nn.Linear(width, width)
@@ -55,7 +55,8 @@ class Layer(nn.Module):
     def forward(self, hidden_TW: Tensor, attend: Attend, dtype: torch.dtype) -> Tensor:
         """Hidden states in, hidden states out, [T, W]; `dtype` is that of the matrix products."""
         narrow_TW = hidden_TW.to(dtype)  # once, where autocast would cast and keep a copy for each of the three
-        query, key, value = (linear(narrow_TW).unflatten(-1, (self.num_heads, -1)) for linear in (self.query, self.key, self.value))
+        # Of the heads a rank of a tensor group has some: their number is that of the columns that come.
+        query, key, value = (linear(narrow_TW).unflatten(-1, (-1, self.head_size)) for linear in (self.query, self.key, self.value))
         attended_TW = attend(query, key, value).flatten(1)
         hidden_TW = self.attention_norm(self.attention_output(attended_TW) + hidden_TW)
         result: Tensor = self.output_norm(self.down(functional.gelu(self.up(hidden_TW))) + hidden_TW)

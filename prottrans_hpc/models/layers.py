@@ -7,7 +7,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+
+from ..memory.keeping import recompute
 
 Built = TypeVar("Built", bound=nn.Module)
 
@@ -36,11 +37,20 @@ def compute_dtype(hidden: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
 
 
+def own_part(weight: Tensor) -> Tensor:
+    """What this rank has of a weight that the ranks of a tensor group share, connected to it; elsewhere the weight."""
+    if not hasattr(weight, "to_local"):
+        return weight
+    part: Tensor = weight.to_local()
+    return part
+
+
 def run_layer(index: int, every: int, layer: Callable[..., Any], *arguments: Any) -> Any:
     """Call the layer of this number; every `every`-th one keeps its inputs only and is computed again for the gradient (0: none).
 
-    Chen et al. 2016, Training Deep Nets with Sublinear Memory Cost. What the layer draws at random is drawn again alike.
+    Chen et al. 2016, Training Deep Nets with Sublinear Memory Cost. What the layer draws at random is drawn again alike; what it keeps beside
+    its inputs says the policy in force (`memory.keeping`).
     """
     if every and index % every == 0 and torch.is_grad_enabled():
-        return checkpoint(layer, *arguments, use_reentrant=False)
+        return recompute(layer, *arguments)
     return layer(*arguments)

@@ -23,7 +23,7 @@ from ..architectures.prot_t5 import T5Shape
 from ..errors import ConfigError
 from .attention import Attend
 from .biased_attention import prepare_biased, prepare_cross
-from .layers import build_empty, compute_dtype, run_layer, table
+from .layers import build_empty, compute_dtype, own_part, run_layer, table
 
 
 class RmsNorm(nn.Module):
@@ -46,7 +46,7 @@ class Attention(nn.Module):
 
     def __init__(self, shape: T5Shape) -> None:
         super().__init__()
-        self.num_heads = shape.num_heads
+        self.head_size = shape.head_size
         self.query = nn.Linear(shape.hidden_size, shape.attention_size, bias=False)
         self.key = nn.Linear(shape.hidden_size, shape.attention_size, bias=False)
         self.value = nn.Linear(shape.hidden_size, shape.attention_size, bias=False)
@@ -54,7 +54,7 @@ class Attention(nn.Module):
 
     def forward(self, own_NW: Tensor, seen_NW: Tensor, attend: Attend) -> Tensor:
         """What each row of `own_NW` takes from the rows of `seen_NW`, [N, W]."""
-        query, key, value = (linear(rows).unflatten(-1, (self.num_heads, -1)) for linear, rows in self._pairs(own_NW, seen_NW))
+        query, key, value = (linear(rows).unflatten(-1, (-1, self.head_size)) for linear, rows in self._pairs(own_NW, seen_NW))
         result: Tensor = self.output(attend(query, key, value).flatten(1))
         return result
 
@@ -122,7 +122,7 @@ class Stack(nn.Module):
     def attend(self, cu_seqlens: Tensor, max_length: int, backend: str | None) -> Attend:
         """The self-attention of one packed batch, for all layers."""
         buckets_R = buckets(self.shape, max(max_length, 1), bidirectional=not self.is_decoder).to(cu_seqlens.device)
-        bias_HR = self.position_biases.weight[buckets_R].T
+        bias_HR = own_part(self.position_biases.weight)[buckets_R].T
         dropout = self.shape.dropout if self.training else 0.0
         return prepare_biased(cu_seqlens, bias_HR, causal=self.is_decoder, dropout=dropout, backend=backend)
 

@@ -50,7 +50,7 @@ class Layer(nn.Module):
     def __init__(self, shape: ProteinLmShape) -> None:
         super().__init__()
         width, inner = shape.hidden_size, shape.intermediate_size
-        self.num_heads = shape.num_heads
+        self.head_size = width // shape.num_heads
         self.dropout = shape.dropout
         self.attention_norm = nn.LayerNorm(width, eps=shape.layer_norm_epsilon)
         self.query = nn.Linear(width, width)
@@ -64,7 +64,7 @@ class Layer(nn.Module):
     def forward(self, hidden_TW: Tensor, attend: Attend, dtype: torch.dtype) -> Tensor:
         """Hidden states in, hidden states out, [T, W]; `dtype` is that of the matrix products."""
         narrow_TW = self.attention_norm(hidden_TW).to(dtype)  # once, where autocast would cast and keep a copy for each of the three
-        query, key, value = (linear(narrow_TW).unflatten(-1, (self.num_heads, -1)) for linear in (self.query, self.key, self.value))
+        query, key, value = (linear(narrow_TW).unflatten(-1, (-1, self.head_size)) for linear in (self.query, self.key, self.value))
         attended_TW = self.attention_output(attend(query, key, value).flatten(1))
         hidden_TW = _drop(attended_TW, self.dropout, self.training) + hidden_TW
         inner_TW = self.down(functional.gelu(self.up(self.feed_forward_norm(hidden_TW).to(dtype))))

@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ..memory.keeping import last_product
+
 
 @dataclass(frozen=True)
 class Keys:
@@ -177,7 +179,7 @@ def _attend_run(query_HnRD: Tensor, distance_HnRk: Tensor, keys: tuple[Tensor, T
     if hidden_nRk is not None:
         scores.view(distance_HnRk.shape).masked_fill_(hidden_nRk, torch.finfo(scores.dtype).min)
     weights = functional.dropout(torch.softmax(scores, dim=-1), dropout).to(value_BkD.dtype)
-    return torch.bmm(weights, value_BkD).view(query_HnRD.shape).permute(1, 2, 0, 3)
+    return last_product(weights, value_BkD).view(query_HnRD.shape).permute(1, 2, 0, 3)
 
 
 def _content_stream(sight: Sight, dropout: float, runs: list[_Run]) -> Attend:

@@ -24,14 +24,14 @@ _log = logging.getLogger(__name__)
 
 
 @torch.no_grad()
-def take_weights(session: Session, init: Init, agree: Agree) -> None:
-    """Put the ancestor's weights, and its optimizer's state where the run wants that, in place. Collective; raises CheckpointError."""
+def take_weights(session: Session, init: Init, agree: Agree, *, own: checkpoint.Owned) -> None:
+    """Put the ancestor's weights, and its optimizer's state where the run wants that, in place of `own`. Collective; raises CheckpointError."""
     chosen = session.comm.broadcast_object(_choose(session.run_dir, init) if session.comm.rank == 0 else None)
     if "error" in chosen:
         raise CheckpointError(str(chosen["error"]))
     path, found, fault = Path(chosen["checkpoint"]), None, "another rank cannot read it"
     try:
-        found = _read(path, chosen["manifest_sha256"], optimizer=init.optimizer)
+        found = _read(path, chosen["manifest_sha256"], optimizer=init.optimizer, own=own)
     except (CheckpointError, OSError) as error:
         fault = str(error)
     if not agree(found is not None) or found is None:
@@ -64,14 +64,14 @@ def _last_of(source: RunDir) -> Path:
     return source.checkpoint(newest)
 
 
-def _read(path: Path, manifest_sha256: str | None, *, optimizer: bool) -> Checkpoint:
+def _read(path: Path, manifest_sha256: str | None, *, optimizer: bool, own: checkpoint.Owned | None = None) -> Checkpoint:
     try:
         digest = durable.sha256_of(path / durable.MANIFEST)
     except FileNotFoundError as error:
         raise CheckpointError("it is gone") from error
     if digest != manifest_sha256:
         raise CheckpointError(f"it has changed: its manifest had SHA-256 {manifest_sha256}, it now has {digest}")
-    return checkpoint.read_checkpoint(path, kinds=("model", "optimizer") if optimizer else ("model",))
+    return checkpoint.read_checkpoint(path, kinds=("model", "optimizer") if optimizer else ("model",), own=own)
 
 
 def _put(session: Session, init: Init, found: Checkpoint) -> None:

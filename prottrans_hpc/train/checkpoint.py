@@ -3,7 +3,8 @@
 `checkpoints/step-00001000/` holds safetensors files that together are one copy of the model and of the
 optimizer's state, `state.json` with everything else, and the manifest with the SHA-256 of each file. Nothing
 is ever unpickled: only files that the manifest lists are opened, and only as safetensors or JSON. Writing one
-during training is `saving.py`'s work.
+during training is `saving.py`'s work. A sharded run's files hold pieces of tensors, and its state.json says which rank
+wrote which, so that a rank of a run with another layout opens only the files that it needs something of.
 """
 
 from __future__ import annotations
@@ -23,9 +24,13 @@ from .. import architecture, config, durable
 from ..architecture import Architecture
 from ..errors import CheckpointError, DataError
 from ..run_dir import RunDir
-from . import lane_memory, tensor_file
+from . import lane_memory, piece_plan, piece_reader, pieces, tensor_file
+from .piece_reader import Source
+from .tensor_file import file_name
 
 FORMAT = 1
+FORMAT_OF_PIECES = 2
+"""Of a sharded run's checkpoints."""
 STATE = "state.json"
 _KINDS = ("model", "optimizer")
 _log = logging.getLogger(__name__)
@@ -35,6 +40,8 @@ Agree = Callable[[bool], bool]
 """Whether a value is true on all ranks."""
 LanesOf = Callable[[int], range]
 """Which of so many lanes are wanted."""
+Owned = Mapping[str, Mapping[str, torch.Tensor]]
+"""By kind and name the tensors that a checkpoint is to fill; of a sharded one this rank's piece is wanted."""
 
 
 @dataclass(frozen=True)
@@ -56,11 +63,6 @@ class Checkpoint:
         return int(self.state["step"])
 
 
-def file_name(kind: str, index: int, count: int) -> str:
-    """The name of one of the files that hold a kind ("model" or "optimizer") of tensors."""
-    return f"{kind}-{index:05d}-of-{count:05d}.safetensors"
-
-
 def describe_architecture(record: Architecture, shape: Any) -> dict[str, Any]:
     """What a checkpoint says about its architecture: enough to build the module again."""
     described = {"name": record.name, "shape": dataclasses.asdict(shape), "vocabulary": list(record.vocabulary.tokens)}
@@ -73,7 +75,7 @@ def problems(path: Path) -> list[str]:
     if found:
         return found
     try:
-        _read_state(path, _manifest(path))
+        _read_state(path, _whole_manifest(path))
     except CheckpointError as error:
         return [str(error)]
     return []
@@ -103,20 +105,25 @@ def find_checkpoint(source: Path) -> Path:
     raise CheckpointError(f"{source} is neither a checkpoint nor a run directory that has one")
 
 
-def read_checkpoint(path: Path, *, kinds: tuple[str, ...] = _KINDS, lanes_of: LanesOf | None = None) -> Checkpoint:
+def read_checkpoint(path: Path, *, kinds: tuple[str, ...] = _KINDS, lanes_of: LanesOf | None = None, own: Owned | None = None) -> Checkpoint:
     """Read a checkpoint into host memory, verifying the bytes that are used; of the memory of lanes, those that `lanes_of` says.
 
-    Raises CheckpointError for a damaged one.
+    Where tensors of `own` are sharded, only this rank's pieces of them are read. A tensor that then is not among them, or
+    of another shape, comes without data (on the meta device), for whoever takes it to refuse. Raises CheckpointError for a
+    damaged one.
     """
-    listed = _manifest(path)
+    in_part = own is not None and any(pieces.is_sharded(group.values()) for group in own.values())
+    # In part, one rank looks for files that do not belong there: thousands asking for the sizes of thousands would take minutes.
+    listed = _manifest(path) if in_part and pieces.own_rank() else _whole_manifest(path)
     state = _read_state(path, listed)
     tensors: dict[str, Tensors] = {kind: {} for kind in _KINDS}
     try:
+        plan = piece_plan.from_json(state["pieces"]) if state["format"] == FORMAT_OF_PIECES else None
         for kind in kinds:
-            for name in state["files"][kind]:
-                tensors[kind] |= tensor_file.read(path / name, sha256=listed[name].sha256)
+            source = Source(path, kind, tuple(state["files"][kind]), listed, plan)
+            tensors[kind] = piece_reader.read_own(source, own[kind]) if own and in_part else piece_reader.read_whole(source)
         memory = _read_memory(path, state, listed, lanes_of) if lanes_of else None
-    except (FileNotFoundError, ValueError, KeyError) as error:
+    except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"the checkpoint {path} is damaged: {error}") from error
     return Checkpoint(path, state, tensors["model"], tensors["optimizer"], memory)
 
@@ -170,8 +177,8 @@ def write_model_checkpoint(path: Path, *, record: Architecture, shape: Any, weig
         durable.write_json(folder / STATE, state)
 
 
-def read_newest(run_dir: RunDir, steps: list[int], agree: Agree, *, lanes_of: LanesOf | None = None) -> Checkpoint | None:
-    """The newest of `steps` that every rank can read intact; None when there are no checkpoints at all.
+def read_newest(run_dir: RunDir, steps: list[int], agree: Agree, *, lanes_of: LanesOf | None = None, own: Owned | None = None) -> Checkpoint | None:
+    """The newest of `steps` that every rank can read intact, as `read_checkpoint` reads it; None when there are no checkpoints at all.
 
     `agree` tells whether a value is true on all ranks, so that all take the same one. Damaged ones are warned of.
     Raises CheckpointError when none of them is intact.
@@ -179,7 +186,7 @@ def read_newest(run_dir: RunDir, steps: list[int], agree: Agree, *, lanes_of: La
     for step in steps:
         found = None
         try:
-            found = read_checkpoint(run_dir.checkpoint(step), lanes_of=lanes_of)
+            found = read_checkpoint(run_dir.checkpoint(step), lanes_of=lanes_of, own=own)
         except PermissionError:
             raise
         except (CheckpointError, OSError) as error:
@@ -194,6 +201,13 @@ def read_newest(run_dir: RunDir, steps: list[int], agree: Agree, *, lanes_of: La
 
 
 def _manifest(path: Path) -> dict[str, durable.FileSeal]:
+    try:
+        return durable.read_manifest(path)
+    except (DataError, FileNotFoundError, NotADirectoryError) as error:
+        raise CheckpointError(f"the checkpoint {path} is damaged: {error}") from error
+
+
+def _whole_manifest(path: Path) -> dict[str, durable.FileSeal]:
     """The manifest, held against the names and sizes that are there. Raises CheckpointError."""
     try:
         listed = durable.read_manifest(path)
@@ -212,8 +226,8 @@ def _read_state(path: Path, listed: Mapping[str, durable.FileSeal]) -> dict[str,
         if hashlib.sha256(content).hexdigest() != listed[STATE].sha256:
             raise ValueError("its SHA-256 is not the one that was written")
         state: dict[str, Any] = json.loads(content)
-        if state["format"] != FORMAT:
-            raise ValueError(f"it has format {state['format']!r}; this version reads {FORMAT}")
+        if state["format"] not in (FORMAT, FORMAT_OF_PIECES):
+            raise ValueError(f"it has format {state['format']!r}; this version reads {FORMAT} and {FORMAT_OF_PIECES}")
         if path.name.startswith("step-") and path.name != f"step-{int(state['step']):08d}":
             raise ValueError(f"it says that it is of step {state['step']}")
     except (FileNotFoundError, KeyError, TypeError, ValueError) as error:

@@ -11,7 +11,8 @@ For each tensor x ("layer" in the paper) with gradient g, at update t, in the or
 The trust ratio |x| / |r + lambda x| is 1 where either norm is 0. Biases and norm weights take neither the trust
 ratio nor the decay lambda. There are three ways to compute it, with the same result
 to rounding (1e-6 relative a step): a C kernel and a plain loop for CPUs, where sweeping memory once for each of a
-dozen operations is what costs, and multi-tensor operations for GPUs, where starting kernels is.
+dozen operations is what costs, and multi-tensor operations for GPUs, where starting kernels is. `lamb_shards` has it for
+tensors that ranks hold together.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ import torch
 from torch import Tensor
 
 from .. import recipe_optimizers
-from . import kernel
-from .optim import decays, load_into
+from . import kernel, pieces
+from .optim import SumOverRanks, decays, load_into, unsharded
 
 GROUP_PARAMETERS = 1 << 26
 """Most parameters that a GPU updates at once; a larger tensor goes alone. The planner counts on it."""
@@ -65,14 +66,14 @@ class Update:
 class Lamb:
     """LAMB on whatever the parameters are on."""
 
-    def __init__(self, parameters: dict[str, Tensor], settings: recipe_optimizers.Lamb) -> None:
-        self._settings = settings
+    def __init__(self, parameters: dict[str, Tensor], settings: recipe_optimizers.Lamb, sum_over_ranks: SumOverRanks = unsharded) -> None:
+        self._settings, self._sum_over_ranks = settings, sum_over_ranks
         self._num_updates = torch.zeros((), dtype=torch.int64)
         self._slots = {name: Slot(p, torch.zeros_like(p), torch.zeros_like(p), decays(name, p)) for name, p in parameters.items()}
 
     @torch.no_grad()
     def step(self, learning_rate: float, gradient_factor: float = 1.0) -> None:
-        """One update; the gradients are only read."""
+        """One update; gradients of whole tensors are only read."""
         self._num_updates += 1
         count, chosen = int(self._num_updates.item()), self._settings
         update = Update(
@@ -86,7 +87,11 @@ class Lamb:
             inverse_correction2=1.0 / (1.0 - chosen.beta2**count),
         )
         slots = [slot for slot in self._slots.values() if slot.parameter.grad is not None]
-        if slots:
+        if pieces.is_sharded(slot.parameter for slot in slots):
+            from .lamb_shards import update_shards  # which is made of this module's parts
+
+            update_shards(slots, update, self._sum_over_ranks)
+        elif slots:
             choose(slots)(slots, update)
 
     def state_dict(self) -> dict[str, Tensor]:

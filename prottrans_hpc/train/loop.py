@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 
+from .. import whereabouts
 from ..errors import NumericsError, RequeueRequested
-from . import preemption, resume, retention
+from . import attribution, health, preemption, resume, retention
 from .loader import LoadedStep, Loader
 from .schedule import phase_of
 from .session import Progress, Session
 from .step import StepResult, means_of_parts, take_step
-from .timing import Clock
+from .timing import Clock, by_name
 from .validation import Validator, perplexity
 
 _log = logging.getLogger(__name__)
@@ -44,19 +45,26 @@ def train(session: Session) -> None:
             ending = _take_steps(session, loader, validator)
         if ending not in _WAYS_BACK:
             break
-        _WAYS_BACK[ending](session)
-    session.saver.drain()
+        with whereabouts.patiently("going back to a checkpoint"):
+            _WAYS_BACK[ending](session)
+    with whereabouts.patiently("the last save"):
+        session.saver.drain()
     if ending is Ending.STOP_REQUESTED:
         raise RequeueRequested(_stop_message(session))
 
 
 def _take_steps(session: Session, loader: Loader, validator: Validator) -> Ending:
-    skipped_in_a_row, clock, last_step = 0, Clock(), session.run.last_step
-    for loaded in loader:
+    skipped_in_a_row, clock, first_step, last_step = 0, Clock(), session.progress.step, session.run.last_step
+    session.timing.begin()
+    for loaded in session.timing.waits_for(loader):
         _enter_phase(session, loaded)
+        whereabouts.step_begins(loaded.step + 1, is_first=loaded.step == first_step)
         result = take_step(session, loaded)
         clock.step_taken(data_wait_s=loader.wait_s)
+        health.tell_slow_nodes(session, step=loaded.step + 1)
         session.progress = Progress(loaded.step + 1, loaded.position_after, session.progress.samples + _samples_of(loaded, result)[0])
+        if not (result.is_finite or result.has_overflowed):
+            attribution.explain(session, loaded, result.own_losses)
         if not result.has_overflowed:
             skipped_in_a_row = 0 if result.is_finite else skipped_in_a_row + 1
         step, ends, stops = session.progress.step, session.progress.step == last_step, result.status.stop > 0
@@ -65,15 +73,17 @@ def _take_steps(session: Session, loader: Loader, validator: Validator) -> Endin
         if result.is_finite and _is_diverging(session, result):
             return Ending.DIVERGED
         if validator.is_due(step) and (ends or not stops):
-            with clock.apart():
+            with clock.apart(), session.timing.part(None):
                 _tell_validation(validator.measure())
         # While steps are being skipped, or a spike may begin, the last state that is known to be good is on disk: leave it the newest one.
         saves = (ends or stops or (_save_is_due(session) and not session.divergence.is_suspicious)) and not skipped_in_a_row
         if saves:
-            clock.checkpoint_s = _stage(session)
+            with session.timing.part("checkpoint"):
+                clock.checkpoint_s = _stage(session)
         _record(session, loaded, result, clock)
         if saves:
-            session.saver.start()
+            with session.timing.part("checkpoint"):
+                session.saver.start()
         if ends or stops:
             return Ending.DONE if ends else Ending.STOP_REQUESTED
     return Ending.DONE
@@ -103,7 +113,8 @@ def _save_is_due(session: Session) -> bool:
 def _stage(session: Session) -> float:
     """Copy the state aside; returns for how many seconds this held training up."""
     began = time.perf_counter()
-    session.saver.stage(session.progress.step, resume.training_state(session), resume.tensors_of(session), resume.memory_of(session))
+    with whereabouts.patiently("copying the checkpoint aside"):
+        session.saver.stage(session.progress.step, resume.training_state(session), resume.tensors_of(session), resume.memory_of(session))
     session.last_saved = session.progress.step
     return time.perf_counter() - began
 
@@ -183,6 +194,7 @@ def _record(session: Session, loaded: LoadedStep, result: StepResult, clock: Clo
         "step_s": round(step_s, 6),
         "data_wait_s": round(clock.data_wait_s, 6),
         "checkpoint_s": round(clock.checkpoint_s, 6),
+        "ledger": by_name(result.status.ledger),
         "memory_mib": _memory_mib(session.comm.device),
     }
     session.records.step(record)
@@ -208,6 +220,7 @@ def metrics_of(session: Session, loaded: LoadedStep, result: StepResult) -> dict
         "grad_norm": result.gradient_norm,
         "num_sequences": num_samples,
         "num_residues": int(status.num_residues),
+        "num_tokens": int(status.num_tokens),
         "num_targets": int(status.num_targets),
         "skipped": not is_finite,
         **({} if result.loss_scale is None else {"loss_scale": result.loss_scale}),

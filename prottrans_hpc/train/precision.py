@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..precision_levels import LEVELS, Level
-from .optim import Optimizer
+from . import pieces
+from .optim import Optimizer, copy_into, misfits
 
 Context = Callable[[], AbstractContextManager[object]]
 """Makes a fresh context for one forward pass; the backward pass runs outside it."""
@@ -90,8 +91,15 @@ def _casting_to(dtype: torch.dtype) -> Callable[[nn.Module, tuple[Any, ...]], tu
 
 @torch.no_grad()
 def put_weights(module: nn.Module, masters: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
-    """Load full weights into a module and its masters. Raises RuntimeError when they do not fit, before masters change."""
-    module.load_state_dict(weights, strict=True)
+    """Load weights into a module and its masters, of a sharded module this rank's pieces. Raises RuntimeError when they do not fit, before masters change."""
+    own = module.state_dict()
+    if pieces.is_sharded(own.values()):
+        faults = misfits(own, weights)
+        if faults:
+            raise RuntimeError(faults)
+        copy_into(own, weights)
+    else:
+        module.load_state_dict(weights, strict=True)
     for name, master in masters.items():
         master.copy_(weights[name])
 

@@ -14,7 +14,7 @@ from ..corpus.lanes import own_lanes
 from ..corpus.order import SamplePosition, position_from_json
 from ..errors import CheckpointError, IdentityError
 from ..stage import find
-from . import ancestor, checkpoint, environment
+from . import ancestor, checkpoint, environment, pieces
 from .checkpoint import Checkpoint
 from .precision import put_weights
 from .saving import LaneTensors
@@ -81,13 +81,14 @@ def restore(session: Session, *, multiple_of: int = 1) -> str | None:
     steps = session.comm.broadcast_object(session.run_dir.checkpoint_steps()[::-1])
     steps = [step for step in steps if step % multiple_of == 0] or steps
     own = functools.partial(own_lanes, rank=session.comm.rank, world_size=session.comm.world_size)
-    found = checkpoint.read_newest(session.run_dir, steps, agreement(session.comm), lanes_of=own)
+    found = checkpoint.read_newest(session.run_dir, steps, agreement(session.comm), lanes_of=own, own=tensors_of(session))
     if found is None:
         _begin(session)
     else:
         check_identity(found, identity(session))
         _apply(session, found)
     session.last_saved = session.progress.step
+    session.node_timings.begin_at(session.progress.step)
     if session.records is not None:
         session.records.begin_at(session.progress.step)
     return found.path.name if found else None
@@ -138,7 +139,7 @@ def _begin(session: Session) -> None:
     if session.progress.step:
         fresh = find(session.record.build)(session.shape)  # drawn in fp32, whatever the weights are held in
         fresh.initialise(session.run.recipe.seed)
-        put_weights(session.module, session.masters, fresh.state_dict())
+        put_weights(session.module, session.masters, pieces.cut_all(fresh.state_dict(), like=session.module.state_dict()))
         forget_moments(session)
         if session.loss_scale:
             session.loss_scale.take(None)
@@ -146,7 +147,7 @@ def _begin(session: Session) -> None:
     session.memory.forget()
     session.progress = Progress(0, SamplePosition(), 0)
     if session.run.init is not None:
-        ancestor.take_weights(session, session.run.init, agreement(session.comm))
+        ancestor.take_weights(session, session.run.init, agreement(session.comm), own=tensors_of(session))
 
 
 def forget_moments(session: Session) -> None:

@@ -22,15 +22,16 @@ from .. import durable, errors
 from ..comm import Comm
 from ..recipe import Checkpointing
 from ..run_dir import RunDir
-from . import checkpoint, retention
+from . import checkpoint, pieces, retention
 from .lane_memory import lane_files
-from .tensor_file import Staging, tensor_bytes
+from .piece_plan import MAX_WRITERS, MIN_BYTES_A_WRITER, PiecePlan, plan_pieces
+from .tensor_file import Staging, file_name, tensor_bytes
 
 _log = logging.getLogger(__name__)
 
-MAX_WRITERS = 64
-MIN_BYTES_A_WRITER = 256 << 10
-_SLOT = 1 + 32
+_DIGEST_PART = 6
+"""Bytes of a digest that one number carries: whole numbers up to 2^53 are exact in fp64."""
+_SLOT = 1 + -(-32 // _DIGEST_PART)
 """Numbers that report one file: its size, or minus the exit code of its failure, or 0 while it is being written; then its digest."""
 
 
@@ -44,7 +45,7 @@ class SaveError(errors.ProttransError):
 
 @dataclass(frozen=True)
 class FilePlan:
-    """One file of a checkpoint: who writes it and which tensors it holds."""
+    """One file of a checkpoint: who writes it and which tensors it holds, or pieces of them."""
 
     name: str
     kind: str
@@ -83,8 +84,14 @@ def plan_files(sizes: Mapping[str, Mapping[str, int]], world_size: int) -> tuple
             load[writer] += tensors[name]
             shares.setdefault(writer, []).append(name)
         for index, (writer, names) in enumerate(sorted(shares.items())):
-            plans.append(FilePlan(checkpoint.file_name(kind, index, len(shares)), kind, writer * world_size // num_writers, tuple(sorted(names))))
+            plans.append(FilePlan(file_name(kind, index, len(shares)), kind, writer * world_size // num_writers, tuple(sorted(names))))
     return tuple(plans)
+
+
+def plan_piece_files(plan: PiecePlan) -> tuple[FilePlan, ...]:
+    """The files of a sharded save, each with the tensors of which its writer has pieces."""
+    named = {kind: plan.names_by_writer(kind) for kind in plan.groups}
+    return tuple(FilePlan(plan.file_of(kind, rank), kind, rank, names) for kind, by_rank in named.items() for rank, names in by_rank.items())
 
 
 class Saver:
@@ -93,6 +100,8 @@ class Saver:
     def __init__(self, run_dir: RunDir, comm: Comm, policy: Checkpointing, *, start_id: str) -> None:
         self._run_dir, self._comm, self._policy, self._start_id = run_dir, comm, policy, start_id
         self._plans: tuple[FilePlan, ...] = ()
+        self._layout: dict[str, Any] = {}
+        """What state.json has to say of a sharded save."""
         self._staging: dict[str, Staging] = {}
         self._thread: threading.Thread | None = None
         self._cancel = threading.Event()
@@ -114,12 +123,12 @@ class Saver:
         self._finish_writing()
         self._join()  # on rank 0, the commit of the save before
         if not self._plans:
-            self._plans = plan_files({kind: {name: tensor_bytes(t) for name, t in group.items()} for kind, group in tensors.items()}, self._comm.world_size)
+            self._plan(tensors)
         plans = (*self._plans, *plan_memory(memory, self._comm.world_size))
         for plan in plans:
             if plan.rank != self._comm.rank:
                 continue
-            share = memory.tensors if memory and plan.kind == "memory" else {name: tensors[plan.kind][name] for name in plan.tensors}
+            share = memory.tensors if memory and plan.kind == "memory" else _share(tensors[plan.kind], plan.tensors)
             if plan.name not in self._staging or not self._staging[plan.name].fits(share):
                 self._staging[plan.name] = Staging(share)
             self._staging[plan.name].fill(share)
@@ -128,7 +137,16 @@ class Saver:
         files = {kind: [plan.name for plan in plans if plan.kind == kind] for kind in (*tensors, *(["memory"] if memory else []))}
         final = self._run_dir.checkpoint(step)
         temporary = durable.temporary_sibling(final, self._start_id)
-        self._pending = _Pending(step, {**state, "files": files}, plans, final, temporary, [0.0] * (_SLOT * len(plans)))
+        self._pending = _Pending(step, {**state, **self._layout, "files": files}, plans, final, temporary, [0.0] * (_SLOT * len(plans)))
+
+    def _plan(self, tensors: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+        if not any(pieces.is_sharded(group.values()) for group in tensors.values()):
+            self._plans = plan_files({kind: {name: tensor_bytes(t) for name, t in group.items()} for kind, group in tensors.items()}, self._comm.world_size)
+            return
+        divided = {kind: {name: (pieces.division_of(t), tensor_bytes(t)) for name, t in group.items()} for kind, group in tensors.items()}
+        plan = plan_pieces(divided, self._comm.world_size)
+        self._plans = plan_piece_files(plan)
+        self._layout = {"format": checkpoint.FORMAT_OF_PIECES, "pieces": plan.to_json()}
 
     def start(self) -> None:
         """Write what was staged, in the background."""
@@ -154,7 +172,7 @@ class Saver:
         if failed:
             self._fail(failed[0], -int(min(slot[0] for slot in slots)))
         if all(slot[0] > 0 for slot in slots):
-            self._commit(self._pending, {plan.name: bytes(map(int, slot[1:])).hex() for plan, slot in zip(plans, slots, strict=True)})
+            self._commit(self._pending, {plan.name: _digest_of(slot[1:]) for plan, slot in zip(plans, slots, strict=True)})
 
     def drain(self) -> None:
         """Wait until everything is saved and every rank knows that it is. Collective; raises what a failed save raises."""
@@ -197,7 +215,7 @@ class Saver:
                 return
             start = number * _SLOT
             # The size comes last: the loop may read the slot at any moment, and takes a size for "complete".
-            pending.slots[start + 1 : start + _SLOT] = [float(byte) for byte in bytes.fromhex(written.sha256)]
+            pending.slots[start + 1 : start + _SLOT] = _digest_numbers(written.sha256)
             pending.slots[start] = float(written.num_bytes)
 
     def _fail(self, plan: FilePlan, code: int) -> None:
@@ -240,6 +258,20 @@ class Saver:
             self._commit_error = error
             return
         retention.prune(self._run_dir, self._policy, newest=pending.step)
+
+
+def _share(tensors: Mapping[str, torch.Tensor], names: tuple[str, ...]) -> dict[str, torch.Tensor]:
+    return {piece: tensor for name in names for piece, tensor in pieces.own_piece(name, tensors[name]).items()}
+
+
+def _digest_numbers(sha256: str) -> list[float]:
+    content = bytes.fromhex(sha256)
+    return [float(int.from_bytes(content[start : start + _DIGEST_PART], "big")) for start in range(0, len(content), _DIGEST_PART)]
+
+
+def _digest_of(numbers: list[float]) -> str:
+    sizes = [_DIGEST_PART] * (len(numbers) - 1) + [32 - _DIGEST_PART * (len(numbers) - 1)]
+    return b"".join(int(number).to_bytes(size, "big") for number, size in zip(numbers, sizes, strict=True)).hex()
 
 
 @dataclass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -14,20 +14,28 @@ from ..comm import Comm, ParallelModel
 from ..corpus.index import Index, read_index
 from ..corpus.order import SamplePosition
 from ..corpus.reader import Corpus
-from ..errors import IdentityError
+from ..errors import ConfigError, IdentityError
+from ..memory.policy import around
+from ..parallel_layout import ParallelLayout, layout_on
 from ..precision_levels import LEVELS
 from ..recipe import Recipe
 from ..run_dir import Run, RunDir
 from ..stage import find
-from . import precision
+from . import host_optimizer, precision
 from .divergence import SpikeDetector
 from .lane_loader import load_lane_steps
 from .lane_memory import LaneMemory
 from .loader import Loader, load_steps
 from .loss_scale import LossScale
-from .optim import Optimizer, build_optimizer
+from .node_timings import NodeTimings
+from .optim import Optimizer, SumOverRanks, build_optimizer
 from .records import Records
 from .saving import Saver
+from .stragglers import Stragglers
+from .timing import StepTiming
+
+if TYPE_CHECKING:
+    from ..comm_sharded import ShardedModel
 
 _log = logging.getLogger(__name__)
 
@@ -50,6 +58,8 @@ class Session:
     run: Run
     run_dir: RunDir
     comm: Comm
+    layout: ParallelLayout
+    """Which ranks have a whole model each, and which share one."""
     record: Architecture
     shape: Any
     module: nn.Module
@@ -69,6 +79,9 @@ class Session:
     """On rank 0 only."""
     peak_flops: float | None
     """Of all ranks' GPUs together in this precision, per second; None when the machine profile does not say."""
+    timing: StepTiming
+    node_timings: NodeTimings = field(default_factory=NodeTimings)
+    """Whatever is put there goes nowhere until the stage gives it a file."""
     progress: Progress = field(default_factory=Progress)
     last_saved: int = 0
     """Newest step in a checkpoint, or on its way into one."""
@@ -76,6 +89,17 @@ class Session:
     """The step at which non-finite numbers last made the run go back to a checkpoint."""
     memory: LaneMemory = field(default_factory=LaneMemory)
     """Of this rank's lanes; stays empty for models without."""
+    stragglers: Stragglers = field(default_factory=Stragglers)
+
+    @property
+    def data_rank(self) -> int:
+        """Which share of every step this rank works on; the same for all of a tensor group."""
+        return self.layout.data_rank(self.comm.rank)
+
+    @property
+    def counts(self) -> bool:
+        """Whether what this rank has counted of its share is added up: of a tensor group, one rank's is."""
+        return self.layout.tensor_index(self.comm.rank) == 0
 
     def open_loader(self) -> Loader:
         """The steps from here on."""
@@ -83,8 +107,8 @@ class Session:
             self.corpus,
             self.run.recipe,
             self.record.vocabulary,
-            rank=self.comm.rank,
-            world_size=self.comm.world_size,
+            rank=self.data_rank,
+            world_size=self.layout.num_data_ranks,
             position=self.progress.position,
             step=self.progress.step,
             pin_memory=self.comm.device.type == "cuda",
@@ -107,20 +131,32 @@ def open_session(run: Run, run_dir: RunDir, comm: Comm, *, index: Index, start_i
     shape = record.size(recipe.architecture.size).shape
     module = find(record.build)(shape)
     module.initialise(recipe.seed)
-    module = module.to(comm.device).train()
+    layout = layout_on(recipe.parallel, run.machine, comm.world_size)
+    # What is cut goes to the device layer by layer: as a whole it may have no room there.
+    module = (module.to(comm.device) if layout.is_plain else module).train()
     module.recompute_every = recipe.memory.recompute_every
     forward = precision.forward_context(recipe.precision, comm.device)
     masters = precision.lower_weights(module, recipe.precision)
-    model = comm.parallel(module, recipe.parallel.bucket_mib)
+    forward = around(forward, recipe.memory, module.parameters())
+    if host_optimizer.moves(recipe, comm.device):
+        masters = host_optimizer.on_host(masters)
+    timing = StepTiming(comm.device)
+    model: ParallelModel
+    if layout.is_plain:
+        model = comm.parallel(module, recipe.parallel.bucket_mib)
+    else:
+        model = _sharded(comm, module, layout, record)
+        forward = model.around(forward)
     return Session(
         run=run,
         run_dir=run_dir,
         comm=comm,
+        layout=layout,
         record=record,
         shape=shape,
         module=module,
         model=model,
-        optimizer=_optimizer(module, masters, recipe),
+        optimizer=_optimizer(module, masters, recipe, timing.timed("exposed_comm", comm.all_reduce_sum)),
         masters=masters,
         loss_scale=LossScale(recipe.loss_scaling) if LEVELS[recipe.precision].scales_loss else None,
         divergence=SpikeDetector(recipe.divergence),
@@ -130,12 +166,23 @@ def open_session(run: Run, run_dir: RunDir, comm: Comm, *, index: Index, start_i
         saver=Saver(run_dir, comm, recipe.checkpoint, start_id=start_id),
         records=records,
         peak_flops=_peak_flops(run, comm),
+        timing=timing,
     )
 
 
-def _optimizer(module: nn.Module, masters: dict[str, Tensor], chosen: Recipe) -> Optimizer:
+def _sharded(comm: Comm, module: nn.Module, layout: ParallelLayout, record: Architecture) -> ShardedModel:
+    if comm.name != "torch":
+        raise ConfigError(f"a model is cut over ranks of torch.distributed only; these talk over {comm.name}: set parallel.comm = 'torch'")
+    # Found by name: it imports much that whole models need not wait for.
+    model: ShardedModel = find("prottrans_hpc.comm_sharded:shard")(comm, module, layout, record.tensor_parallel.split if record.tensor_parallel else {})
+    return model
+
+
+def _optimizer(module: nn.Module, masters: dict[str, Tensor], chosen: Recipe, sum_over_ranks: SumOverRanks) -> Optimizer:
+    if host_optimizer.moves(chosen, next(module.parameters()).device):
+        return host_optimizer.build_host_optimizer(module, masters, chosen)
     if LEVELS[chosen.precision].weights == "fp32":
-        return build_optimizer(module.named_parameters(), chosen.optimizer)
+        return build_optimizer(module.named_parameters(), chosen.optimizer, sum_over_ranks)
     trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
     return precision.HalfWeights(trained, masters, lambda parameters: build_optimizer(parameters.items(), chosen.optimizer))
 

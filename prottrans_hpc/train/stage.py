@@ -15,7 +15,7 @@ from ..errors import RequeueRequested
 from ..rank import RankContext
 from ..run_dir import Run, RunDir, read_run
 from ..stage import Request
-from . import environment, preemption, resume, retention
+from . import environment, health, node_timings, preemption, resume, retention
 from .loop import train
 from .records import Records
 from .run_lock import only_start
@@ -46,10 +46,12 @@ def _start(run: Run, run_dir: RunDir, comm: Comm, context: RankContext, *, start
         for name in retention.remove_leftovers(run_dir):
             _log.info("removed %s, which a stopped save had left", name)
     with staged(read_corpus_index(run), run.machine, comm, context, timeout_s=run.recipe.parallel.timeout_s) as index:
-        _go_on(open_session(run, run_dir, comm, index=index, start_id=start_id, records=records), start_id=start_id, num_nodes=context.num_nodes)
+        session = open_session(run, run_dir, comm, index=index, start_id=start_id, records=records)
+        with node_timings.shared(run_dir, context, comm, start_id=start_id) as session.node_timings:
+            _go_on(session, start_id=start_id, context=context)
 
 
-def _go_on(session: Session, *, start_id: str, num_nodes: int) -> None:
+def _go_on(session: Session, *, start_id: str, context: RankContext) -> None:
     """From the newest checkpoint, or the beginning, to the last step."""
     run, comm = session.run, session.comm
     resumed_from = resume.restore(session)
@@ -60,7 +62,7 @@ def _go_on(session: Session, *, start_id: str, num_nodes: int) -> None:
             step=session.progress.step,
             resumed_from=resumed_from,
             world_size=comm.world_size,
-            num_nodes=num_nodes,
+            num_nodes=context.num_nodes,
             versions=environment.versions(),
             **session.records.taken_again,
         )
@@ -76,7 +78,8 @@ def _go_on(session: Session, *, start_id: str, num_nodes: int) -> None:
         comm.world_size,
         comm.name,
     )
-    _run(session)
+    with health.watched(session, context, start_id=start_id):
+        _run(session)
 
 
 def _run(session: Session) -> None:

@@ -8,17 +8,20 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass, replace
+from itertools import chain, islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .. import whereabouts
 from ..architecture import Batch, LossSum
 from . import preemption
 from .loader import LoadedStep
 from .optim import measure_gradients
 from .schedule import learning_rate
 from .session import Session
+from .timing import compute_s
 
 _log = logging.getLogger(__name__)
 
@@ -40,6 +43,8 @@ class Status:
     """Sums of the addends of the loss that the architecture names, nats."""
     lane_sums: tuple[float, ...] = ()
     """With lanes, the fields of `loader.LaneSums` over all ranks."""
+    ledger: tuple[float, ...] = ()
+    """Seconds of each of `timing.PARTS`, mean over the ranks."""
 
     @property
     def mean_loss(self) -> float:
@@ -60,11 +65,13 @@ class StepResult:
     """That the gradients were computed with, in fp16."""
     has_overflowed: bool = False
     """Not finite, and a smaller scale of the loss is expected to help: nothing to worry about."""
+    own_losses: tuple[float, ...] = ()
+    """Of a step that was skipped: of this rank's micro batches, nats; not equal on all ranks."""
 
 
 def take_step(session: Session, loaded: LoadedStep) -> StepResult:
     """Take one step on this rank, together with all others. Raises, on all ranks, when a save in the background failed."""
-    torch.manual_seed(step_seed(session.run.recipe.seed, step=loaded.step, rank=session.comm.rank))
+    torch.manual_seed(step_seed(session.run.recipe.seed, step=loaded.step, rank=session.data_rank))
     session.model.zero_gradients()
     scaling = session.loss_scale
     multiplier = scaling.multiplier(session.run.recipe.phases[loaded.phase]) if scaling else 1.0
@@ -72,12 +79,19 @@ def take_step(session: Session, loaded: LoadedStep) -> StepResult:
     status = _exchange(session, loaded, losses, torch.cat((num_correct[None], parts)))
     # The loss is a sum; dividing by the global count here makes the result independent of ranks and accumulation.
     inverse = 1.0 / (multiplier * max(status.num_targets, 1.0))
-    scale = measure_gradients(session.module.parameters(), scale=inverse, max_norm=session.run.recipe.optimizer.clip_norm)
+    with session.timing.part("optimizer"):
+        scale = measure_gradients(
+            session.module.parameters(),
+            scale=inverse,
+            max_norm=session.run.recipe.optimizer.clip_norm,
+            sum_over_ranks=session.timing.timed("exposed_comm", session.comm.all_reduce_sum),
+        )
     rate = learning_rate(session.run.recipe, loaded.step) * session.divergence.rate_factor
     is_finite = math.isfinite(status.loss) and scale.is_finite
     loss_scale, has_overflowed = scaling.value if scaling else None, False
     if is_finite:
-        session.optimizer.step(rate, scale.factor)
+        with session.timing.part("optimizer"):
+            session.optimizer.step(rate, scale.factor)
         if scaling:
             scaling.grow()
     else:
@@ -85,7 +99,8 @@ def take_step(session: Session, loaded: LoadedStep) -> StepResult:
             session.memory.forget()
         has_overflowed = scaling is not None and math.isfinite(status.loss) and scaling.back_off()
         _tell_skipped(session, loaded, losses, has_overflowed=has_overflowed)
-    return StepResult(status, rate, scale.norm, is_finite, loss_scale, has_overflowed)
+    own_losses = () if is_finite else tuple(losses.tolist())
+    return StepResult(status, rate, scale.norm, is_finite, loss_scale, has_overflowed, own_losses)
 
 
 def step_seed(seed: int, *, step: int, rank: int) -> int:
@@ -105,16 +120,19 @@ def _forward_backward(session: Session, loaded: LoadedStep, multiplier: float) -
     for index, batch in enumerate(on_device(batches, session.comm.device)):
         with session.model.no_sync() if index < last else contextlib.nullcontext():
             losses.append(_one(session, session.memory.put_into(batch, index), sums, multiplier, index))
-    session.model.finish_gradients()
+    with session.timing.part("exposed_comm"):
+        session.model.finish_gradients()
     return torch.stack(losses), sums[0], sums[1:]
 
 
 def _one(session: Session, batch: Batch, sums: Tensor, multiplier: float, index: int) -> Tensor:
-    with session.forward():
+    with session.timing.part("forward"), session.forward():
         result: LossSum = session.model.module(batch)
-    session.model.backward(result.loss if multiplier == 1.0 else result.loss * multiplier)
+    with session.timing.part("backward"):
+        session.model.backward(result.loss if multiplier == 1.0 else result.loss * multiplier)
     sums += counted(result)
     session.memory.take(index, result.memory)
+    whereabouts.moved()
     loss: Tensor = result.loss.detach().double()
     return loss
 
@@ -130,7 +148,8 @@ def with_token_counts(session: Session, batches: tuple[Batch, ...]) -> tuple[Bat
     if not session.record.counts_tokens:
         return batches
     own = torch.tensor([sum(len(batch.tokens) for batch in batches), sum(len(batch.targets) for batch in batches)], dtype=torch.float64)
-    num_tokens, num_targets = session.comm.all_reduce_sum(own).tolist()
+    with session.timing.part("exposed_comm"):
+        num_tokens, num_targets = session.comm.all_reduce_sum(own).tolist()
     return tuple(replace(batch, tokens_per_target=num_tokens / max(num_targets, 1.0)) for batch in batches)
 
 
@@ -150,16 +169,29 @@ def on_device(batches: tuple[Batch, ...], device: torch.device) -> Iterator[Batc
 
 
 def _exchange(session: Session, loaded: LoadedStep, losses: Tensor, sums: Tensor) -> Status:
-    loss, correct, *parts = torch.cat((losses.sum()[None], sums)).tolist()  # waits for the device
+    session.timing.end_lap()
+    with whereabouts.inside("the work of the device"):  # which may wait for other ranks' gradients
+        loss, correct, *parts = torch.cat((losses.sum()[None], sums)).tolist()
+    ledger = session.timing.read()
     flops = session.record.flops(session.shape, loaded.lengths.tolist()) if session.peak_flops else 0.0
     own = (float(preemption.requested()), loss, correct, float(loaded.num_targets), float(loaded.num_residues), float(loaded.num_tokens), flops, *parts)
     lane_sums = tuple(map(float, astuple(loaded.lane_sums))) if loaded.lane_sums else ()
     own += lane_sums
-    summed = session.comm.all_reduce_sum(torch.tensor([*own, *session.saver.report()], dtype=torch.float64)).tolist()
-    session.saver.receive(summed[len(own) :])
+    if not session.counts:
+        own = (own[0], *(0.0 for _ in own[1:]))
+    session.stragglers.add(compute_s(ledger), loaded.num_tokens)
+    session.node_timings.put(loaded.step + 1, ledger)
+    addends = (own, session.stragglers.report(loaded.step + 1), session.saver.report(), (1.0, *ledger))
+    with session.timing.part("exposed_comm"):
+        summed = iter(session.comm.all_reduce_sum(torch.tensor(list(chain(*addends)), dtype=torch.float64)).tolist())
+    status, paces, saves, (num_ledgers, *seconds) = ([*islice(summed, len(each))] for each in addends)
+    session.stragglers.receive(paces)
+    session.saver.receive(saves)
+    session.node_timings.write(loaded.step + 1)
     num_plain = len(own) - len(parts) - len(lane_sums)
-    added = summed[num_plain : len(own)]
-    return replace(Status(*summed[:num_plain]), parts=tuple(added[: len(parts)]), lane_sums=tuple(added[len(parts) :]))
+    added = status[num_plain:]
+    means = tuple(value / num_ledgers for value in seconds)
+    return replace(Status(*status[:num_plain]), parts=tuple(added[: len(parts)]), lane_sums=tuple(added[len(parts) :]), ledger=means)
 
 
 def _tell_skipped(session: Session, loaded: LoadedStep, losses: Tensor, *, has_overflowed: bool) -> None:

@@ -30,6 +30,8 @@ _DTYPES = {
     torch.bool: "BOOL",
 }
 _CHUNK_BYTES = 8 << 20
+_MAX_HEADER_BYTES = 100_000_000
+"""What the safetensors library reads."""
 
 
 class Cancelled(Exception):  # noqa: N818 - a request to stop, not a fault
@@ -42,6 +44,11 @@ class Written:
 
     num_bytes: int
     sha256: str
+
+
+def file_name(kind: str, index: int, count: int) -> str:
+    """The name of one of the files of a checkpoint that hold a kind ("model" or "optimizer") of tensors."""
+    return f"{kind}-{index:05d}-of-{count:05d}.safetensors"
 
 
 def tensor_bytes(tensor: torch.Tensor) -> int:
@@ -116,3 +123,15 @@ def read(path: Path, *, sha256: str) -> dict[str, torch.Tensor]:
     except (safetensors.SafetensorError, KeyError) as error:
         raise ValueError(f"{path} is no safetensors file: {error}") from error
     return tensors
+
+
+def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of a file's tensors, by its header alone, which is not verified. Raises ValueError; OSError when unreadable."""
+    with path.open("rb") as file:
+        (size,) = struct.unpack("<Q", file.read(8).ljust(8, b"\0"))
+        text = file.read(min(size, _MAX_HEADER_BYTES))
+    try:
+        header = json.loads(text)
+        return {name: tuple(map(int, entry["shape"])) for name, entry in header.items() if name != "__metadata__"}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: its header cannot be read") from error

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from .. import whereabouts
 from ..architecture import Batch
 from .loader import validation_batches
 from .session import Session
@@ -35,6 +36,10 @@ class Validator:
     @torch.no_grad()
     def measure(self) -> dict[str, Any]:
         """Measure and record. Collective."""
+        with whereabouts.patiently("validation"):
+            return self._measure()
+
+    def _measure(self) -> dict[str, Any]:
         began, session = time.perf_counter(), self._session
         session.module.eval()
         sums = torch.zeros(3 + len(session.record.loss_parts), dtype=torch.float64, device=session.comm.device)
@@ -42,7 +47,8 @@ class Validator:
             with session.forward():
                 result = session.module(batch)
             plain = torch.stack((result.loss.double(), torch.tensor(float(len(batch.targets)), device=sums.device)))
-            sums += torch.cat((plain, counted(result)))
+            if session.counts:
+                sums += torch.cat((plain, counted(result)))
         session.module.train()
         loss, num_targets, num_correct, *parts = session.comm.all_reduce_sum(sums).tolist()
         mean = loss / max(num_targets, 1.0)
@@ -63,8 +69,8 @@ class Validator:
         session = self._session
         if self._batches is None:
             assert session.validation is not None, "is_due comes first"
-            vocabulary, comm = session.record.vocabulary, session.comm
-            own = validation_batches(session.validation, session.run.recipe, vocabulary, rank=comm.rank, world_size=comm.world_size)
+            vocabulary, num_shares = session.record.vocabulary, session.layout.num_data_ranks
+            own = validation_batches(session.validation, session.run.recipe, vocabulary, rank=session.data_rank, world_size=num_shares)
             self._batches = with_token_counts(session, tuple(own))
         return self._batches
 

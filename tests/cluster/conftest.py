@@ -19,6 +19,8 @@ The file system is that of this machine and plays the parallel one; /run and /de
     cluster.profile(folder, starter="srun", ranks_per_node=1, racks=None | "switches" ..., gpus=False, **toml) -> Path    a machine profile
     cluster.off("n3") / on("n3")                 power: all processes of a node get SIGKILL; `on` waits until Slurm can use it
     cluster.cut("n3") / join("n3")               its network link, while its processes go on
+    cluster.shape("n3", 100) / unshape("n3")     at most 100 Mbit/s into the node and 100 out of it (there is no option for latency)
+    cluster.link_bytes("n3") -> (in, out)        bytes that have crossed the node's link so far
     cluster.run("mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", "/run/shared/X")   (after mkdir) all nodes see what is mounted there
     cluster.states(job_ids) -> dict              `submission.states` in a process on the login node, as the launch side calls it
 
@@ -49,7 +51,7 @@ from prottrans_hpc.launch import children
 from prottrans_hpc.launch.job_state import State
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "ip", "unshare", "nsenter")
+PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "ip", "tc", "unshare", "nsenter")
 ANSWER_S = 180
 """Bringing all up takes 2 s on two idle cores."""
 PATIENCE = 3
@@ -73,6 +75,7 @@ class Cluster:
     """Node -> the process that holds its namespaces, as numbered in the cluster's process space."""
     down: set[str] = field(default_factory=set)
     cut_off: set[str] = field(default_factory=set)
+    shaped: set[str] = field(default_factory=set)
 
     # --- commands
 
@@ -226,8 +229,27 @@ class Cluster:
         self._order("join", node)
         self.cut_off.discard(node)
 
+    def shape(self, node: str, rate_mbit: float) -> None:
+        """Make a node's link slow, in either direction."""
+        self._order("shape", node, str(rate_mbit))
+        self.shaped.add(node)
+
+    def unshape(self, node: str) -> None:
+        """Make it fast again."""
+        self._order("unshape", node)
+        self.shaped.discard(node)
+
+    def link_bytes(self, node: str) -> tuple[int, int]:
+        """Into the node and out of it since it was powered on; what goes through loopback does not count."""
+        told = self.run("cat", "/proc/net/dev", node=node).stdout
+        numbers = next(line.split(":")[1].split() for line in told.splitlines() if line.strip().startswith("eth0:"))
+        return int(numbers[0]), int(numbers[8])
+
     def clear(self) -> None:
-        """No jobs, all nodes up."""
+        """No jobs, all nodes up, all links fast."""
+        for node in sorted(self.shaped - self.down):
+            self.unshape(node)
+        self.shaped.clear()
         for node in sorted(self.cut_off - self.down):
             self.join(node)
         self.cut_off.clear()

@@ -3,8 +3,8 @@
     unshare --net --uts --mount --pid --fork --mount-proc --kill-child python lab.py '{"folder": ..., "racks": {...}, "daemons": true}'
 
 It makes a bridge, and for every node a network, host name, process space and /dev/shm of its own, and starts munged,
-slurmctld and one slurmd a node. Then it obeys lines on standard input (`off n3`, `on n3`, `cut n3`, `join n3`) and
-answers each with a line of JSON. When standard input ends, because pytest ended in whatever way, this process ends, and
+slurmctld and one slurmd a node. Then it obeys lines on standard input (`off n3`, `on n3`, `cut n3`, `join n3`,
+`shape n3 RATE_MBIT`, `unshape n3`) and answers each with a line of JSON. When standard input ends, because pytest ended in whatever way, this process ends, and
 the kernel ends everything in its process space: no daemon, mount or network outlives it. Standard library only.
 """
 
@@ -203,7 +203,21 @@ class Lab:
 
         wait(idle, f"not all of {names[:8]} ... become idle")
 
-    def obey(self, order: str, name: str) -> None:
+    def shape(self, name: str, rate_mbit: float) -> None:
+        """Limit what goes into a node and what comes out of it, each on its own: a token bucket, which tells nothing of latency."""
+        # The bucket must hold what a timer tick lets through and a whole offloaded packet of 64 KiB; who waits longer than the queue is dropped.
+        bucket = f"tbf rate {rate_mbit}mbit burst {max(65536 + 1514, int(rate_mbit * 1e6 / 8 / 250))} limit {1 << 20}"
+        shell(
+            f"tc qdisc replace dev to-{name} root {bucket}",
+            f"nsenter --target {self.nodes[name].pid} --net tc qdisc replace dev eth0 root {bucket}",
+        )
+
+    def unshape(self, name: str) -> None:
+        """Full speed again; a link that has no limit stays as it is."""
+        for line in (f"tc qdisc del dev to-{name} root", f"nsenter --target {self.nodes[name].pid} --net tc qdisc del dev eth0 root"):
+            subprocess.run(["bash", "-c", line], check=False, capture_output=True, stdin=subprocess.DEVNULL)
+
+    def obey(self, order: str, name: str, *values: str) -> None:
         """One order of the tests."""
         if order == "off":
             self.off(name)
@@ -212,6 +226,10 @@ class Lab:
             self.wait_idle([name])
         elif order in ("cut", "join"):
             shell(f"ip link set to-{name} {'down' if order == 'cut' else 'up'}")
+        elif order == "shape":
+            self.shape(name, float(values[0]))
+        elif order == "unshape":
+            self.unshape(name)
         else:
             raise RuntimeError(f"no order {order!r}")
 

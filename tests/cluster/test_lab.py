@@ -39,6 +39,49 @@ def test_a_cut_link_leaves_the_processes_alone(cluster: Cluster) -> None:
     assert cluster.run("srun", "--nodelist=n5", "hostname").stdout == "n5\n"
 
 
+SEND = """
+import socket, sys, time
+if sys.argv[1] == "listen":
+    server = socket.create_server(("", 7999))
+    print("ready", flush=True)
+    peer = server.accept()[0]
+    while peer.recv(1 << 16):
+        pass
+else:
+    began = time.monotonic()
+    with socket.create_connection((sys.argv[1], 7999)) as peer:
+        peer.sendall(bytes(4 << 20))
+        peer.shutdown(socket.SHUT_WR)
+        peer.recv(1)
+    print(time.monotonic() - began)
+"""
+
+
+def send_4_mib(cluster: Cluster, sender: str, receiver: str) -> float:
+    """Seconds that it takes."""
+    listener = cluster.popen(sys.executable, "-c", SEND, "listen", node=receiver)
+    assert listener.stdout
+    assert listener.stdout.readline() == "ready\n"
+    took = float(cluster.run(sys.executable, "-c", SEND, receiver, node=sender).stdout)
+    listener.communicate(timeout=60)
+    return took
+
+
+def test_a_shaped_link_is_slow_both_ways_and_only_it(cluster: Cluster) -> None:
+    cluster.shape("n3", 32)
+    before = cluster.link_bytes("n3")
+    least_s = 4 * 8 / 32 / 2  # half of the rate's, for what the bucket lets through at once
+    assert send_4_mib(cluster, "n3", "n4") > least_s
+    assert send_4_mib(cluster, "n4", "n3") > least_s
+    came, went = (after - old for after, old in zip(cluster.link_bytes("n3"), before, strict=True))
+    assert 4 << 20 <= came < 5 << 20
+    assert 4 << 20 <= went < 5 << 20
+    assert "tbf" not in cluster.run("tc", "qdisc", "show", "dev", "eth0", node="n4").stdout
+    cluster.unshape("n3")
+    assert "tbf" not in cluster.run("tc", "qdisc", "show", "dev", "eth0", node="n3").stdout
+    assert "tbf" not in cluster.run("tc", "qdisc", "show", "dev", "to-n3").stdout
+
+
 HOLDER = """
 import importlib.util, json, os, pathlib, sys, time
 spec = importlib.util.spec_from_file_location("cluster_conftest", sys.argv[1])

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from prottrans_hpc import comm, errors, rank
-from prottrans_hpc.recipe import Parallel
+from prottrans_hpc.recipe_parallel import Parallel
 
 NUM_SAMPLES = 12
 
@@ -45,7 +45,7 @@ def samples(step, dtype=torch.float32):
 
 def take_step(model, ranks, step, dtype=torch.float32):
     """Summed gradients of a step whose samples are dealt out; the last rank's first micro batch is empty."""
-    own = samples(step, dtype)[ranks.rank :: ranks.world_size]
+    own = samples(step, dtype)[ranks.rank :: ranks.world_size].to(ranks.device)
     cut = 0 if ranks.rank == ranks.world_size - 1 else len(own) // 2
     model.zero_gradients()
     with model.no_sync():

@@ -72,12 +72,20 @@ def test_it_starts_any_command_with_options_of_its_own() -> None:
     assert sorted(out.splitlines()) == ["0 --nodes", "1 --nodes", "2 --nodes"]
 
 
-def test_a_deaf_rank_is_killed_after_the_grace() -> None:
-    script = "if [ $PROTTRANS_RANK = 1 ]; then exit 65; fi; trap '' TERM; echo $$; while :; do sleep 0.05; done"
+def test_a_deaf_rank_is_killed_after_the_grace(tmp_path: Path) -> None:
+    deaf = tmp_path / "deaf"
+    fails = f"until [ -e {deaf} ]; do sleep 0.02; done; exit 65"
+    script = f"if [ $PROTTRANS_RANK = 1 ]; then {fails}; fi; trap '' TERM; echo $$; touch {deaf}; while :; do sleep 0.05; done"
     process = start("--nodes", "2", "--ranks-per-node", "1", "--grace-s", "0.3", "--", "bash", "-c", script)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 65, err
     assert not Path(f"/proc/{int(out)}").exists()
+
+
+def test_a_rank_that_hangs_while_another_gives_up_is_ended_and_is_no_failure() -> None:
+    script = 'if [ "$PROTTRANS_RANK" = 1 ]; then exit 75; fi; kill -STOP $$'
+    process = start("--nodes", "2", "--ranks-per-node", "1", "--grace-s", "0.1", "--", "bash", "-c", script)
+    assert process.wait(60) == 75
 
 
 def test_a_command_that_is_not_there_is_an_error_of_the_starter() -> None:

@@ -1,8 +1,9 @@
-"""What recomputed layers spare, held against the tensors that torch keeps, for every architecture's record."""
+"""What the policies keep for the gradient: what recomputed layers spare, and what is there at the worst moment of the backward pass."""
 
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,15 +11,21 @@ import pytest
 from prottrans_hpc import architecture
 from prottrans_hpc.launch.batch_arithmetic import plan_batches
 from prottrans_hpc.launch.memory_fit import memory_need
-from prottrans_hpc.launch.recomputation import activation_bytes
-from prottrans_hpc.recipe import read_recipe, science
+from prottrans_hpc.launch.recomputation import Kept, Tokens, kept_bytes
+from prottrans_hpc.recipe import Recipe, read_recipe, science
+from prottrans_hpc.recipe_memory import Memory
 
 LENGTHS = [200, 300, 80]
+TINY = read_recipe("tiny_prot_bert")
 
 
-@pytest.mark.parametrize("every", [1, 2, 3])
-def test_kept_bytes_are_those_of_the_saved_tensors_to_three_percent(every: int) -> None:
-    """Tensors within recomputed layers are not seen by the hook, only their inputs: beside them there is once a whole layer."""
+def kept(record: Any, shape: Any, kept_in: str, memory: Memory, recipe: Recipe = TINY) -> Kept:
+    return kept_bytes(record, shape, Tokens(LENGTHS), kept_in, replace(recipe, memory=memory))
+
+
+@pytest.mark.parametrize("every", [0, 1, 2, 3])
+def test_what_the_forward_pass_leaves_is_what_torch_saves_to_three_percent(every: int) -> None:
+    """Tensors within recomputed layers are not seen by the hook, only their inputs."""
     import torch
 
     from prottrans_hpc.models import prot_bert
@@ -44,19 +51,33 @@ def test_kept_bytes_are_those_of_the_saved_tensors_to_three_percent(every: int) 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         result = model(batch)
     assert result.loss.requires_grad
-    layer = record.activation_bytes(shape, LENGTHS, "fp32") - record.activation_bytes(dataclasses.replace(shape, num_layers=5), LENGTHS, "fp32")
-    expected = sum(saved.values()) + layer
-    assert activation_bytes(record, shape, LENGTHS, "fp32", every) == pytest.approx(expected, rel=0.03)
+    assert kept(record, shape, "fp32", Memory(recompute_every=every)).after_forward == pytest.approx(sum(saved.values()), rel=0.03)
+
+
+def test_the_worst_moment_is_found() -> None:
+    layers = Kept(whole=(10, 10, 10), held=(1, 10, 1), rest=5, working=(2, 2, 2))
+    assert layers.after_forward == 17
+    assert layers.peak == 5 + (1 + 10) + 10 + 2, "the last layer, computed again, beside what those before it hold"
+    assert replace(layers, held=(1, 1, 1)).peak == 5 + 2 + 10 + 2
+    assert replace(layers, held=(10, 10, 10)).peak == 35 + 2
+    assert replace(layers, finish=30).peak == 17 + 30
 
 
 @pytest.mark.parametrize("name", sorted(architecture.BUILT_IN))
-def test_more_recomputed_layers_keep_less(name: str) -> None:
+def test_policies_keep_less_the_more_they_compute_again(name: str) -> None:
     record = architecture.get(name)
+    recipe = read_recipe(f"tiny_{name}")
     for size in record.sizes.values():
-        kept = [activation_bytes(record, size.shape, LENGTHS, "bf16", every) for every in (1, 2, 4, 0)]
-        assert kept[0] <= kept[1] <= kept[2] <= kept[3] * 1.3
-        if size.shape.num_layers >= 12:
-            assert kept == sorted(kept) and 0 < kept[0] < 0.5 * kept[3], (size, kept)
+        peaks = {every: kept(record, size.shape, "bf16", Memory(recompute_every=every), recipe).peak for every in (1, 2, 4, 0)}
+        assert peaks[1] <= peaks[2] <= peaks[4] <= peaks[0]
+        if size.shape.num_layers < 12:
+            continue
+        assert 0 < peaks[1] < 0.5 * peaks[0]
+        keeping = [
+            kept(record, size.shape, "bf16", Memory(recompute_every=1, recompute_keeps=keeps), recipe).after_forward
+            for keeps in ("nothing", "attention", "attention_and_narrow", "attention_and_half")
+        ]
+        assert keeping == sorted(keeping) and len(set(keeping)) == 4
 
 
 def test_the_planner_counts_it_and_the_science_does_not() -> None:

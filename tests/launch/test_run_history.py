@@ -153,3 +153,22 @@ def test_damaged_lines_and_events_of_other_versions_do_no_harm(tmp_path: Path) -
     story = read_story(directory, Now(False, 9, 9))
     assert story.starts[-1].stop_step == 9
     assert history_lines(story)
+
+
+def test_what_went_wrong_stands_below_its_start() -> None:
+    slow = {"event": "slow node", "step": 60, "host": "n3", "node": 2, "ranks": [4, 5], "factor": 1.6}
+    culprit = {"rank": 3, "host": "n2", "what": "gradient", "parameter": "layers.0.up.weight", "samples": [1, 2, 3, 4, 5]}
+    events = [
+        {**slow, "time": at(1)},
+        {**slow, "time": at(2), "event": "node recovered", "factor": 1.02},
+        {"time": at(3), "event": "hang", "step": 70, "what": "rank 1 on n1 has not come"},
+        {"time": at(4), "event": "non-finite numbers", "step": 80, "verdict": "numbers", "what": "again", "where": [culprit]},
+        {"time": at(5), "event": "went back", "step": 82, "to": 60, "cause": "non-finite loss or gradients"},
+    ]
+    assert the_only(tell([start(0, 0), *events], [], Now(True, 61, 60))).notes == [
+        "step 60: node 2 (n3) is slow, 1.6 times the median: rank 4, 5",
+        "step 60: node 2 (n3) is no longer slow, 1.02 times the median",
+        "hang: rank 1 on n1 has not come",
+        "step 80 skipped, non-finite numbers: again; rank 3 on n2, first layers.0.up.weight, samples 1 2 3 4 ...",
+        "went back from step 82 to 60: non-finite loss or gradients",
+    ]

@@ -28,7 +28,7 @@ MICRO = (
     "validation.max_sequences=8",
     "parallel.timeout_s=60",
 )
-TIMINGS = {"residues_per_s", "tokens_per_s", "mfu", "step_s", "data_wait_s", "checkpoint_s", "memory_mib", "seconds"}
+TIMINGS = {"residues_per_s", "tokens_per_s", "mfu", "step_s", "data_wait_s", "checkpoint_s", "memory_mib", "seconds", "ledger"}
 START_TIMEOUT_S = 240.0
 
 

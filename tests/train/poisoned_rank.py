@@ -3,7 +3,8 @@
 poisoned_rank.py RUN_DIR, with POISON='{"steps": [9], "ranks": [1], "how": "loss" | "gradient" | "memory" | "spike", "passes": 1}' in
 the environment: the steps (from 1) at which those ranks' models go wrong, in so many passes over the step. A spike is a
 loss four times as high; it comes whenever the learning rate is at least "from_factor" of the recipe's. With "memory" what a
-model with lanes remembers of them is no number, either.
+model with lanes remembers of them is no number, either. With "parameter" it is the gradient of the parameter "parameter" alone
+that is infinite. "forwards" limits how many forward passes of the step go wrong: when it is computed again, it is fine.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from prottrans_hpc.train import loop, preemption
 
 POISON = json.loads(os.environ["POISON"])
 passes: Counter[int] = Counter()
-now = {"bad": False}
+now = {"bad": False, "left": 0}
 real_step = loop.take_step
 
 
@@ -46,6 +47,7 @@ def take_step(session: Any, loaded: Any) -> Any:
     passes[step] += 1
     goes_wrong = session.divergence.rate_factor >= POISON["from_factor"] if POISON["how"] == "spike" else passes[step] <= POISON["passes"]
     now["bad"] = step in POISON["steps"] and session.comm.rank in POISON["ranks"] and goes_wrong
+    now["left"] = POISON.get("forwards", 1 << 30)
     return real_step(session, loaded)
 
 
@@ -53,14 +55,30 @@ def poisoned(real: Callable[..., architecture.LossSum]) -> Callable[..., archite
     """The forward pass of a model that goes wrong where it is told to."""
 
     def forward(self: Any, batch: architecture.Batch) -> architecture.LossSum:
+        if now["bad"] and now["left"] and POISON["how"] == "parameter":
+            poison_parameter(self)
         result = real(self, batch)
-        if not now["bad"]:
+        if not now["bad"] or not now["left"]:
+            return result
+        now["left"] -= 1
+        if POISON["how"] == "parameter":
             return result
         factors = {"loss": float("nan"), "memory": float("nan"), "spike": 4.0}
         loss = result.loss * factors[POISON["how"]] if POISON["how"] in factors else _BadGradient.apply(result.loss)
         return replace(result, loss=loss, memory=result.memory * float("nan") if POISON["how"] == "memory" else result.memory)
 
     return forward
+
+
+def poison_parameter(model: torch.nn.Module) -> None:
+    """The next gradient of one parameter is infinite."""
+    parameter = model.get_parameter(POISON["parameter"])
+
+    def spoil(gradient: torch.Tensor) -> torch.Tensor:
+        handle.remove()
+        return gradient * float("inf")
+
+    handle = parameter.register_hook(spoil)
 
 
 preemption.install()

@@ -70,7 +70,7 @@ def test_a_streak_that_stays_ends_with_the_last_good_checkpoint(tmp_path, make_r
     start_ranks(folder, 2, main=POISONED, env=_poison(steps=list(range(5, 17)), passes=9)).end(76)
     assert RunDir(folder).checkpoint_steps() == [3]
     assert all(tensor.isfinite().all() for tensor in read_checkpoint(find_checkpoint(folder)).model.values())
-    events = history(folder)
+    events = [event for event in history(folder) if event["event"] != "non-finite numbers"]
     assert [event["event"] for event in events] == ["start", "went back", "stop"]
     assert events[-1]["exit_code"] == 76
 

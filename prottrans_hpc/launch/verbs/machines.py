@@ -75,6 +75,7 @@ def _describe(machine: Machine) -> list[str]:
     lines = [f"{machine.name}: {machine.description}", f"jobs:     {machine.scheduler}, ranks started by {machine.starter}, {machine.ranks_per_node} a node"]
     lines.append(f"size:     {_size_text(machine)}")
     lines.append(f"node:     {_node_text(machine)}")
+    lines += [f"network:  {_network_text(machine)}"] if machine.network else []
     for queue in machine.queues:
         lines.append(f"queue:    {queue.name}{_queue_marks(queue)}")
         lines += [
@@ -86,6 +87,8 @@ def _describe(machine: Machine) -> list[str]:
         lines.append("account:  required (--account)")
     if machine.queues:
         lines.append(f"warning:  {machine.warning_min} minutes before its walltime a job saves and stops")
+    if machine.exclude_slow_nodes:
+        lines.append("slow:     nodes that a run's history found slow are left out of its next start")
     if machine.starter == "jsrun":
         lines.append(f"jsrun:    one resource set a {machine.resource_set}")
     if machine.staging != "none":
@@ -118,6 +121,11 @@ def _node_text(machine: Machine) -> str:
     if node.local_disk_path:
         parts.append(f"{node.local_disk_gib or 0:,.0f} GiB at {node.local_disk_path}" if node.local_disk_gib else node.local_disk_path)
     return ", ".join(parts)
+
+
+def _network_text(machine: Machine) -> str:
+    links = {"within a node": machine.network and machine.network.within_node, "between nodes": machine.network and machine.network.between_nodes}
+    return ", ".join(f"{link.bytes_per_s / 1e9:g} GB/s and {1e6 * link.latency_s:g} us {where}" for where, link in links.items() if link)
 
 
 def _queue_marks(queue: Any) -> str:

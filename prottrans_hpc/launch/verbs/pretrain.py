@@ -11,7 +11,7 @@ import click
 
 from ... import errors, terminal
 from ..demand import AUTO, Demand, time_text
-from ..options import account, as_minutes, examples, machine_option, path_option, settings, size, verbosity
+from ..options import account, as_minutes, examples, exclude, machine_option, path_option, settings, size, verbosity
 
 if TYPE_CHECKING:
     from ...recipe import Recipe
@@ -45,6 +45,7 @@ class _Choices:
     chain: int | str | None
     """Jobs of a chain, or "auto"; None: one job."""
     total_min: int | None
+    excluded: tuple[str, ...] | None
     run_dir: Path | None
     init: Path | None
     init_optimizer: bool
@@ -75,6 +76,7 @@ def _as_chain(ctx: click.Context, param: click.Parameter, value: str | None) -> 
 @account
 @click.option("--chain", metavar="N|auto", callback=_as_chain, help="Submit N jobs, each resuming the one before; auto: as many as the training takes.")
 @click.option("--total-time", "total_min", metavar="H:MM", callback=as_minutes, help="What the whole training takes, if you know it; for --chain auto.")
+@exclude
 @path_option("--run-dir", metavar="DIR", help="Where the run lives.  [default: runs/RECIPE-ID, the same for the same experiment]")
 @path_option("--init", metavar="RUN_OR_CHECKPOINT", help="Begin with the weights of another run, at its end, or of a checkpoint, trained or imported.")
 @click.option("--init-optimizer", is_flag=True, help="With --init: go on with the optimizer's state, too, instead of a new one.")
@@ -142,7 +144,7 @@ def _plan(choices: _Choices) -> Plan:
     from ...machine import read_machine
     from ...recipe import read_recipe
     from ...run_dir import RunDir
-    from .. import ancestor, checks, epochs, gang, lr_range, placement, planner, prospect
+    from .. import ancestor, checks, epochs, exclusion, gang, lr_range, placement, planner, prospect
 
     recipe, machine = read_recipe(choices.recipe, choices.settings), read_machine(choices.machine)
     name = gang.usable_name(choices.recipe)
@@ -165,10 +167,11 @@ def _plan(choices: _Choices) -> Plan:
     assumptions = prospect.Assumptions(choices.total_min, first_step=done, last_step=choices.steps)
     seen = prospect.look_ahead(recipe, machine, choices.demand, corpus=facts, assumptions=assumptions, keeps_bins=checks.sets_bins(choices.settings))
     terminal.note(f"model: {checks.model_line(recipe, chosen, model_size)}; {recipe.num_steps:,} steps ({choices.recipe})")
-    for remark in (*checks.remarks(recipe, facts), *seen.notes, *planner.remarks(recipe, machine, seen.allocation)):
+    without = exclusion.leave_out(machine, seen.allocation, choices.excluded or (), run_dir)
+    for remark in (*checks.remarks(recipe, facts), *seen.notes, *planner.remarks(recipe, machine, without), *exclusion.remarks(without)):
         terminal.note(f"note: {remark}")
     flags = RANK_FLAGS[terminal.verbosity()]
-    allocation = placement.name_nodes(machine, seen.allocation, required=not choices.dry_run)
+    allocation = placement.name_nodes(machine, without, required=not choices.dry_run)
     num_jobs = _num_jobs(choices, seen)
     return gang.Plan(seen.recipe, name, facts, machine, allocation, choices.steps, run_dir, flags, choices.account, num_jobs, init, after)
 

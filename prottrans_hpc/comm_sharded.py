@@ -1,0 +1,130 @@
+"""Models that are cut over the ranks of torch.distributed: FSDP2, its hybrid, tensor parallelism, and their products.
+
+This stands beside `comm_torch`, not in `train`: what crosses between ranks, and that gradients are sums, is the same contract,
+and it needs nothing of a training but the module. It is imported where a model is cut only, since torch's DTensor takes
+half a second to import.
+
+A tensor group's ranks see the same sequences; each has some columns or rows of the large matrices (Shoeybi et al. 2019,
+Megatron-LM) and everything else whole. Over that, FSDP cuts every parameter along its first axis: a layer's weights are
+brought together shortly before they are used, and its gradients summed and cut again right behind its backward pass.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from datetime import timedelta
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
+from torch.utils import _pytree
+
+from .architecture import LossSum
+from .comm import check_same, parameter_digest
+from .comm_torch import TorchComm
+from .parallel_layout import ParallelLayout
+
+_AXES = ("replicate", "shard", "tensor")
+_STYLES: dict[str, Callable[[], ParallelStyle]] = {"column": ColwiseParallel, "row": RowwiseParallel}
+Split = Mapping[str, Literal["column", "row"]]
+"""As `architecture.TensorParallel.split`."""
+
+
+class ShardedModel:
+    """The ParallelModel of a module that `shard` has cut; its parameters and their gradients are DTensors."""
+
+    def __init__(self, comm: TorchComm, module: FSDPModule) -> None:
+        self._comm, self._root = comm, module
+        self._units = [part for part in self.module.modules() if isinstance(part, FSDPModule)]
+
+    @property
+    def module(self) -> nn.Module:
+        """The module itself: FSDP works by hooks."""
+        assert isinstance(self._root, nn.Module)
+        return self._root
+
+    @contextlib.contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Copies are not summed in here. Within a copy they are: whole gradients of all layers are what sharding has no room for."""
+        self._root.set_requires_all_reduce(False)
+        try:
+            yield
+        finally:
+            self._root.set_requires_all_reduce(True)
+
+    def backward(self, loss: Tensor) -> None:
+        """`loss.backward()`, which brings weights together and sums gradients layer by layer."""
+        with self._comm.watching("the backward pass of a sharded model"):
+            loss.backward()  # type: ignore[no-untyped-call]
+
+    def finish_gradients(self) -> None:
+        """Nothing to wait for: the backward pass ends with the sums."""
+
+    def zero_gradients(self) -> None:
+        """Forget the gradients; the next backward pass makes them afresh."""
+        self.module.zero_grad(set_to_none=True)
+
+    def around(self, forward: Callable[[], AbstractContextManager[Any]]) -> Callable[[], AbstractContextManager[Any]]:
+        """`forward`, where the death of a peer is a RankLostError: a forward pass talks here too."""
+
+        @contextlib.contextmanager
+        def entered() -> Iterator[None]:
+            with self._comm.watching("the forward pass of a sharded model"), forward():
+                if len(self._units) > 1:
+                    # Autocast would keep the half copies of all layers until the pass ends: with recomputation, one layer's are enough.
+                    torch.set_autocast_cache_enabled(False)  # until autocast ends
+                yield
+            if not torch.is_grad_enabled():
+                # Weights that stay together for a backward pass that does not come: a checkpoint may be taken up before the next forward pass.
+                for part in self._units:
+                    part.reshard()
+
+        return entered
+
+
+def shard(comm: TorchComm, module: nn.Module, layout: ParallelLayout, split: Split) -> ShardedModel:
+    """Cut a module, whose weights are the same on every rank, as `layout` says; on a GPU, layer by layer on its way there.
+
+    `split` is empty without tensor groups. Raises NumericsError when the ranks do not have the same weights. Collective.
+    """
+    check_same(comm, "the parameters", parameter_digest(module))
+    if LossSum not in _pytree.SUPPORTED_NODES:  # through it FSDP finds the loss, whose gradient starts its work
+        _pytree.register_dataclass(LossSum)
+    with comm.watching("the start of a sharded model"):
+        mesh = _mesh(comm, layout)
+        if layout.num_tensor > 1:
+            for name, part in module.named_modules():
+                style = split.get(name.rpartition(".")[2])
+                if style is not None:
+                    parallelize_module(part, mesh["tensor"], _STYLES[style](), src_data_rank=None)  # every rank has the whole
+        root = _cut(module, mesh["replicate", "shard"] if layout.num_replicas > 1 else mesh["shard"], frees=layout.num_shards > 1)
+    return ShardedModel(comm, root)
+
+
+def _mesh(comm: TorchComm, layout: ParallelLayout) -> DeviceMesh:
+    mesh = init_device_mesh(comm.device.type, (layout.num_replicas, layout.num_shards, layout.num_tensor), mesh_dim_names=_AXES)
+    for axis in _AXES:  # torch gives groups its own default, not that of the first group
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=comm.timeout_s), mesh.get_group(axis))
+    return mesh
+
+
+def _cut(module: nn.Module, mesh: DeviceMesh, *, frees: bool) -> FSDPModule:
+    """Every layer of a list of layers is brought together by itself, what is left with the root: a layer that is applied
+    again and again (ALBERT's) stands in no list, and would be brought together as often."""
+    for layers in module.modules():
+        if isinstance(layers, nn.ModuleList):
+            for layer in (layer for layer in layers if not isinstance(layer, nn.ModuleList)):
+                fully_shard(layer, mesh=mesh, reshard_after_forward=frees)
+    root: FSDPModule = fully_shard(module, mesh=mesh)
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            # Sums, not means. Without the second, torch asks the back end to divide by 1 as it adds, which gloo cannot.
+            part.set_gradient_divide_factor(1.0)
+            part.set_force_sum_reduction_for_comms(True)
+    return root

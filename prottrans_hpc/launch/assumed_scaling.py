@@ -1,0 +1,112 @@
+"""A training's work on a machine that nobody measured: what a projection of its scaling starts from, in numbers, and what they assume. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .. import architecture, config
+from ..errors import ConfigError
+from ..machine import Machine
+from ..precision_levels import LEVELS
+from ..recipe import Recipe
+from .batch_arithmetic import ASSUMED_MEAN_RESIDUES, PhaseBatch, plan_batches
+
+_FORWARD_SHARE = 1.0 / 3.0
+"""Of the operations of both passes, as the architectures count them."""
+_HALF_BYTES = 2
+"""Of a gradient that is sent in fp16 or bf16."""
+
+
+@dataclass(frozen=True)
+class Assumed:
+    """What is taken for granted of one training on one machine; goes into a request as it is."""
+
+    recipe: str
+    machine: str
+    ranks_per_node: int
+    network: dict[str, Any]
+    """As in the profile."""
+    forward_s: float
+    backward_s: float
+    gradient_bytes: int
+    bucket_mib: int
+    micro_batches: int
+    reduction: str
+    """As in the recipe."""
+    sent_fraction: float
+    """Bytes on the wire for a byte of gradient."""
+    assumptions: tuple[str, ...]
+    """A line each."""
+
+
+def assume(name: str, recipe: Recipe, machine: Machine, nodes: Sequence[int], *, utilisation: float) -> Assumed:
+    """A weak study of the recipe's first phase: each rank has the share that the largest of `nodes` would give it.
+
+    Raises ConfigError where the profile says too little of the machine, or has not so many nodes, or where the recipe's way to share work is not modelled.
+    """
+    _check_modelled(recipe)
+    if machine.network is None:
+        raise ConfigError(
+            f"the profile of {machine.name} has no [network] section, so nothing is known of its links: write one (hpc/README.md has the keys), "
+            f"or measure and project from that: prottrans scale {name} --machine {machine.name} ..., then prottrans project-scaling DIR"
+        )
+    if max(nodes) > machine.max_nodes:
+        raise ConfigError(f"--nodes {max(nodes):,}: a job on {machine.name} has at most {machine.max_nodes:,} nodes")
+    tflops, where_from = _rate(recipe, machine, utilisation)
+    batch = plan_batches(recipe, num_ranks=max(nodes) * machine.ranks_per_node)[0]
+    chosen = architecture.get(recipe.architecture.name)
+    shape: Any = chosen.size(recipe.architecture.size).shape
+    tokens = round(batch.mean_residues) + len(chosen.vocabulary.prefix) + len(chosen.vocabulary.suffix)
+    compute_s = batch.sequences_per_rank * chosen.flops(shape, [tokens]) / (tflops * 1e12)
+    level = LEVELS[recipe.precision]
+    return Assumed(
+        recipe=name,
+        machine=machine.name,
+        ranks_per_node=machine.ranks_per_node,
+        network=config.to_json(machine.network),
+        forward_s=_FORWARD_SHARE * compute_s,
+        backward_s=(1.0 - _FORWARD_SHARE) * compute_s,
+        gradient_bytes=chosen.num_parameters(shape) * level.weight_bytes,
+        bucket_mib=recipe.parallel.bucket_mib,
+        micro_batches=batch.num_micro_batches,
+        reduction=recipe.parallel.reduction,
+        sent_fraction=1.0 if recipe.parallel.compression == "none" else min(1.0, _HALF_BYTES / level.weight_bytes),
+        assumptions=(
+            _batch_line(batch, max(nodes), lanes=chosen.lanes),
+            f"computing: {where_from}: {compute_s:.3g} s a step, the backward pass two thirds of it",
+            f"gradients: {chosen.num_parameters(shape) / 1e6:,.0f} M of {level.weight_bytes} bytes ({recipe.precision}), in buckets of "
+            f"{recipe.parallel.bucket_mib} MiB, sent while the backward pass goes on{_compression_text(recipe)}",
+            "all nodes are equally fast, data and optimizer take no time, nobody else uses the network",
+        ),
+    )
+
+
+def _check_modelled(recipe: Recipe) -> None:
+    if (recipe.parallel.sharding, recipe.parallel.tensor_ranks) != ("none", 1):
+        raise ConfigError("the projection models ranks that each hold the whole model: project with parallel.sharding = 'none' and tensor_ranks = 1")
+    if recipe.parallel.compression == "powersgd":
+        raise ConfigError("what PowerSGD sends depends on every tensor's shape and is not modelled: project with parallel.compression none, fp16 or bf16")
+
+
+def _compression_text(recipe: Recipe) -> str:
+    return "" if recipe.parallel.compression == "none" else f", in {recipe.parallel.compression}"
+
+
+def _rate(recipe: Recipe, machine: Machine, utilisation: float) -> tuple[float, str]:
+    gpu, products = machine.node.gpu, LEVELS[recipe.precision].products
+    if gpu is None:
+        raise ConfigError(f"{machine.name} has no GPUs, and what its CPU cores reach is not known: measure with prottrans scale, then project from that")
+    if products not in gpu.peak_tflops:
+        raise ConfigError(f"{gpu.name} of {machine.name} does not compute in {products}; it does in {', '.join(gpu.peak_tflops)}")
+    if products in (gpu.sustained_tflops or {}):
+        rate = (gpu.sustained_tflops or {})[products]
+        return rate, f"{rate:g} TFLOP/s a GPU in {products}, which a training was seen to reach (the profile's sources say which)"
+    rate = utilisation * gpu.peak_tflops[products]
+    return rate, f"{rate:.3g} TFLOP/s a GPU in {products}, {100 * utilisation:g} % of the peak (a guess: --utilisation)"
+
+
+def _batch_line(batch: PhaseBatch, num_nodes: int, *, lanes: bool) -> str:
+    length = f"{batch.mean_residues:.0f} tokens of a lane" if lanes else f"{min(batch.mean_residues, ASSUMED_MEAN_RESIDUES):.0f} residues on the mean"
+    return f"batch: {batch.sequences_per_rank:.3g} sequences a rank at every size, as the recipe's first phase has on {num_nodes:,} nodes; {length}"

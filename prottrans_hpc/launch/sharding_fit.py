@@ -1,0 +1,68 @@
+"""Whether a model can be laid out over the ranks as a recipe's `[parallel]` asks, before anything is queued. Pure, no torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .. import architecture
+from ..architecture import Architecture
+from ..errors import ConfigError
+from ..machine import Machine
+from ..parallel_layout import ParallelLayout, layout_on
+from ..precision_levels import LEVELS
+from ..recipe import Recipe
+
+
+def check_sharding(recipe: Recipe, machine: Machine, chosen: Architecture, shape: Any, *, num_ranks: int) -> ParallelLayout:
+    """The layout of so many ranks. Raises ConfigError that says which sizes are possible instead."""
+    layout = layout_on(recipe.parallel, machine, num_ranks)
+    if layout.num_tensor > 1:
+        _check_products(chosen, shape, layout.num_tensor)
+    if not layout.is_plain:
+        _check_company(recipe)
+    return layout
+
+
+def _check_company(recipe: Recipe) -> None:
+    """Raises ConfigError for what works on whole weights only."""
+    cut = "where parallel.sharding or parallel.tensor_ranks cut the weights"
+    if LEVELS[recipe.precision].weights != "fp32":
+        possible = ", ".join(name for name, level in LEVELS.items() if level.weights == "fp32")
+        raise ConfigError(f"precision {recipe.precision!r} holds half weights beside fp32 masters: {cut}, take one of {possible}")
+    if recipe.memory.saved != "as_is":
+        raise ConfigError(f"memory.saved = {recipe.memory.saved!r} cannot tell weights from activations {cut}: leave it out, and recompute layers instead")
+    if recipe.memory.lms_limit_gib is not None:
+        raise ConfigError(f"memory.lms_limit_gib would move gathered weights to the host, too, {cut}: leave it out, and recompute layers instead")
+    if recipe.memory.optimizer_on != "device":
+        raise ConfigError(f"memory.optimizer_on = {recipe.memory.optimizer_on!r} keeps whole states: {cut}, leave it out and cut over more ranks")
+
+
+def layout_text(layout: ParallelLayout) -> str:
+    """A layout in words."""
+    if layout.is_plain:
+        return f"{_number(layout.num_replicas, 'whole copy', 'whole copies')} of the model"
+    cut = f", each cut over {layout.num_shards * layout.num_tensor:,} ranks" if layout.num_replicas * layout.num_shards > 1 or layout.num_tensor > 1 else ""
+    groups = f" = {_number(layout.num_shards, 'tensor group', 'tensor groups')} of {layout.num_tensor}" if layout.num_tensor > 1 else ""
+    return f"{_number(layout.num_replicas, 'copy', 'copies')} of the model{cut}{groups}; {_number(layout.num_data_ranks, 'share', 'shares')} of every step"
+
+
+def _number(number: int, one: str, many: str) -> str:
+    return f"{number:,} {one if number == 1 else many}"
+
+
+def _check_products(chosen: Architecture, shape: Any, tensor_ranks: int) -> None:
+    if chosen.tensor_parallel is None or chosen.lanes:  # lanes have a rank each
+        able = [record.name for record in architecture.available() if record.tensor_parallel]
+        raise ConfigError(
+            f"the matrices of {chosen.name} cannot be shared by a tensor group; those of {', '.join(able)} can. "
+            "Take parallel.tensor_ranks=1; parallel.sharding = 'full' or 'hybrid' makes any model fit more ranks"
+        )
+    numbers = chosen.tensor_parallel.divides(shape)
+    bad = {name: number for name, number in numbers.items() if number % tensor_ranks}
+    if bad:
+        fitting = [size for size in range(1, min(numbers.values()) + 1) if all(number % size == 0 for number in numbers.values())]
+        listed = ", ".join(f"{name} {number:,}" for name, number in bad.items())
+        raise ConfigError(
+            f"parallel.tensor_ranks = {tensor_ranks} does not divide {listed} of {chosen.name}: a rank takes whole heads and an equal part of the "
+            f"feed-forward width. Possible are {', '.join(map(str, fitting))}"
+        )

@@ -1,0 +1,186 @@
+"""A projection fitted to a scaling study, checked by leaving out its largest size."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from ..errors import ConfigError
+from . import fitting, measured_steps, what_if
+from .cost_model import MIB, Manner, Work, predict
+from .fitting import Fitted
+from .known_links import AllReduce
+from .measured_steps import Size
+from .scaling import Scaling
+
+_NUM_SAMPLES = 200
+"""Of the bootstrap."""
+_BAND = (2.5, 97.5)
+_DRIFT = 0.10
+"""A node's own work that changes by more than this share from one node to many is warned of."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A study, understood."""
+
+    study: Scaling
+    sizes: Sequence[Size]
+    """That it was fitted to, ascending; the first is one node."""
+    manner: Manner
+    fitted: Fitted
+
+    def work_at(self, nodes: int) -> Work:
+        """A node's own work: that of the largest size; in a strong study its passes shrink with what a node has to do."""
+        largest = self.sizes[-1]
+        share = largest.nodes / nodes if self.study.mode == "strong" else 1.0
+        return replace(largest.work, forward_s=share * largest.work.forward_s, backward_s=share * largest.work.backward_s)
+
+    def step_s(self, nodes: int) -> float:
+        """Predicted; one node as it was measured."""
+        if nodes == 1:
+            return self.sizes[0].step_s
+        return predict(self.work_at(nodes), self.manner, self.fitted.fabric(self.study.ranks_per_node), nodes, self.fitted.spread).step_s
+
+    def overhead(self, nodes: int) -> float:
+        """Step time over what perfect scaling would have, less 1."""
+        ideal = self.sizes[0].step_s / (nodes if self.study.mode == "strong" else 1)
+        return self.step_s(nodes) / ideal - 1.0
+
+
+def project(study: Scaling, nodes: Sequence[int], *, with_changes: bool, known: AllReduce | None = None) -> dict[str, Any]:
+    """The content of projection.json; `known` is a communication study of the same links. Raises ConfigError for a study of too few sizes."""
+    check_enough(study, known)
+    sizes = measured_steps.sizes_of(study, measured_steps.all_steps(study))
+    model, held_out = _model(study, sizes, known), sizes[-1]
+    predicted_s = _model(study, sizes[:-1], known).step_s(held_out.nodes)
+    error = predicted_s / held_out.step_s - 1.0
+    samples = _bootstrap(study, known)
+    fabric = model.fitted.fabric(study.ranks_per_node)
+    return {
+        "basis": "measured",
+        "recipe": study.recipe,
+        "machine": study.machine,
+        "algorithm": model.fitted.algorithm,
+        "fit": _fit_facts(model),
+        "hold_out": {"nodes": held_out.nodes, "predicted_s": predicted_s, "measured_s": held_out.step_s, "error": error},
+        "assumptions": _assumptions(study, sizes, known),
+        "warnings": _warnings(model),
+        "points": [_point(model, samples, error, number) for number in nodes],
+        "what_if": what_if.rows(model.work_at(nodes[-1]), model.manner, fabric, nodes[-1], model.fitted.spread) if with_changes else [],
+    }
+
+
+def check_enough(study: Scaling, known: AllReduce | None) -> None:
+    """Raises ConfigError that says which sizes are missing."""
+    counts, to_fit = study.node_counts, 1 if known else fitting.FEWEST_SIZES
+    what = "one to find how loaded the links are" if known else f"{to_fit} to fit latency and bandwidth of the links"
+    lacks = ["1 node, which overhead is relative to"] if counts[0] != 1 else []
+    if len(counts) < 1 + to_fit + 1:
+        lacks.append(f"at least {1 + to_fit + 1} sizes: 1 node, {what}, and the largest, which checks the fit")
+    if lacks:
+        fewer = "" if known else " (a communication study of the same machine, --comm DIR, makes it one size fewer)"
+        raise ConfigError(
+            f"the study has {len(counts)} {'size' if len(counts) == 1 else 'sizes'} ({', '.join(map(str, counts))} nodes), too few to project from: it needs "
+            f"{' and '.join(lacks)}{fewer}. For example: prottrans scale {study.recipe} --machine {study.machine} --nodes 1,2,4,8 --out DIR"
+        )
+
+
+def back_end(study: Scaling) -> str:
+    """What reduced the gradients: Horovod, or torch's, which is NCCL where ranks have GPUs, whose peak a profile must state."""
+    return "horovod" if study.comm == "horovod" else "nccl" if study.peak_tflops_rank else "gloo"
+
+
+def _model(study: Scaling, sizes: Sequence[Size], known: AllReduce | None) -> Model:
+    candidates = fitting.CANDIDATES[back_end(study)]
+    manner = Manner(float(study.bucket_mib * MIB), candidates[0])
+    fitted = fitting.fit(sizes, manner, study.ranks_per_node, candidates, known)
+    return Model(study, sizes, replace(manner, algorithm=fitted.algorithm), fitted)
+
+
+def _bootstrap(study: Scaling, known: AllReduce | None) -> list[Model]:
+    """Models of samples of the study's points and steps; the algorithm is chosen anew in each."""
+    generator = np.random.default_rng(0)
+    return [_model(study, measured_steps.sizes_of(study, measured_steps.drawn_steps(study, generator)), known) for _ in range(_NUM_SAMPLES)]
+
+
+def _point(model: Model, samples: Sequence[Model], error: float, nodes: int) -> dict[str, Any]:
+    ranks, overhead = nodes * model.study.ranks_per_node, model.overhead(nodes)
+    step = predict(model.work_at(nodes), model.manner, model.fitted.fabric(model.study.ranks_per_node), nodes, model.fitted.spread)
+    # One node is measured, not predicted: the error of predictions is none of its own.
+    share = abs(error) if nodes > 1 else 0.0
+    step_low, step_high = _band(model.step_s(nodes), [sample.step_s(nodes) for sample in samples], share * model.step_s(nodes))
+    low, high = _band(overhead, [sample.overhead(nodes) for sample in samples], share * (1.0 + overhead))
+    return {
+        "nodes": nodes,
+        "ranks": ranks,
+        "step_s": model.step_s(nodes),
+        "step_s_low": step_low,
+        "step_s_high": step_high,
+        "overhead": overhead,
+        "overhead_low": low,
+        "overhead_high": high,
+        "efficiency": 1.0 / (1.0 + overhead),
+        "efficiency_low": 1.0 / (1.0 + high),
+        "efficiency_high": 1.0 / (1.0 + max(low, -0.5)),
+        "local_s": step.local_s,
+        "straggler_s": step.straggler_s,
+        "communication_s": step.communication_s,
+        "exposed_comm_s": model.sizes[0].exposed_comm_s if nodes == 1 else step.exposed_comm_s,
+    }
+
+
+def _band(value: float, samples: Sequence[float], error: float) -> tuple[float, float]:
+    """The bootstrap's percentiles, widened by the error of the held-out size: independent, so in squares."""
+    below, above = (float(np.percentile(samples, percent)) - value for percent in _BAND)
+    return value - math.hypot(min(0.0, below), error), value + math.hypot(max(0.0, above), error)
+
+
+def _fit_facts(model: Model) -> dict[str, Any]:
+    fitted = model.fitted
+    text = (
+        f"{fitted.algorithm} with {1e6 * fitted.link.latency_s:.3g} us and {fitted.link.bytes_per_s / 1e9:.3g} GB/s between nodes, off by "
+        f"{100 * fitted.residual:.2g} % of a step; stragglers {fitted.spread.family}, scale {1e3 * fitted.spread.scale_s:.3g} ms"
+    )
+    return {
+        "text": text,
+        "latency_s": fitted.link.latency_s,
+        "bytes_per_s": fitted.link.bytes_per_s,
+        "residual": fitted.residual,
+        "straggler_family": fitted.spread.family,
+        "straggler_scale_s": fitted.spread.scale_s,
+        "nodes": [size.nodes for size in model.sizes],
+    }
+
+
+def _assumptions(study: Scaling, sizes: Sequence[Size], known: AllReduce | None) -> list[str]:
+    work = "shrinks as the nodes' share of the batch" if study.mode == "strong" else f"stays that of {sizes[-1].nodes} nodes"
+    return [
+        f"a node's own work {work}; node times vary independently, none is always slow",
+        "gradients become ready evenly over the backward pass of one micro batch a step, and sending them does not slow it",
+        "links, their load and the reduction's algorithm stay as they were; within a node nothing is counted",
+        *([f"latency and bandwidth are in the ratio that {known.backend}'s all-reduce showed on {known.nodes} nodes"] if known else []),
+        f"the range: 95 % of {_NUM_SAMPLES} bootstrap samples over points and steps, widened by the error of the size left out",
+    ]
+
+
+def _warnings(model: Model) -> list[str]:
+    first, last = model.sizes[0].work, model.sizes[-1].work
+    found = []
+    drift = last.local_s / first.local_s - 1.0
+    if model.study.mode == "weak" and abs(drift) > _DRIFT:
+        why = "they share something (cores, memory, disk)" if drift > 0 else "something else used the machine, or the sizes had other batches"
+        found.append(
+            f"a node's own work took {100 * abs(drift):.0f} % {'longer' if drift > 0 else 'less'} on {model.sizes[-1].nodes} nodes than on one: {why}, "
+            "and the projection takes it to stay so"
+        )
+    unseen = fitting.unseen(model.fitted, model.sizes, model.manner, model.study.ranks_per_node)
+    if unseen:
+        found.append(
+            f"the {' and the '.join(unseen)} of the links left no trace in the steps: reductions are hidden or tiny here, and may not be on more nodes"
+        )
+    return found

@@ -1,0 +1,107 @@
+"""From the runs of a study to scaling.json: what their own records say, warm-up and last step left out."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .. import architecture, durable
+from ..errors import CheckpointError
+from ..precision_levels import LEVELS
+from ..run_dir import Run, RunDir, read_run
+from ..scaling_study import Study, StudyDir, StudyPoint
+from ..train.curve import read_lines
+from .scaling import PARTS, Ledger, NodeShare, Point, Scaling
+
+Record = Mapping[str, Any]
+
+
+def collect(folder: StudyDir, study: Study) -> Scaling:
+    """The study as far as it is measured. Raises CheckpointError when nothing is, or nothing at its smallest size."""
+    found = [(point, run) for point in study.points() if (run := folder.measured(study, point)) is not None]
+    if not found:
+        raise CheckpointError(f"no point of {folder.path} has taken its {study.num_steps} steps yet: prottrans scale runs them")
+    runs = {run: read_run(run) for _, run in found}
+    found.sort(key=lambda pair: (runs[pair[1]].created, pair[1].path.name))
+    points = tuple(_point(study, point, run, runs[run], order=number, folder=folder) for number, (point, run) in enumerate(found, start=1))
+    first_dir = found[0][1]
+    first = runs[first_dir]
+    record = architecture.get(first.recipe.architecture.name)
+    parameters = record.num_parameters(record.size(first.recipe.architecture.size).shape)
+    largest = max(points, key=lambda point: point.nodes)
+    environment = durable.read_json(folder.path / largest.run_dir / first_dir.environment_json.name)
+    residues = [total / point.nodes for point in points for total in point.residues]
+    return Scaling(
+        recipe=study.recipe_name,
+        machine=first.machine.name,
+        mode=study.mode,
+        comm=first.recipe.parallel.comm,
+        precision=first.recipe.precision,
+        parameters=parameters,
+        gradient_bytes=parameters * LEVELS[first.recipe.precision].weight_bytes,
+        bucket_mib=first.recipe.parallel.bucket_mib,
+        ranks_per_node=first.allocation.ranks_per_node,
+        residues_per_node_step=statistics.mean(residues) if study.mode == "weak" else None,
+        peak_tflops_rank=_peak_tflops(first),
+        hardware=_hardware(environment, largest.ranks, is_local=first.machine.scheduler == "local"),
+        versions={str(name): str(version) for name, version in environment["versions"].items()},
+        points=points,
+    )
+
+
+def _hardware(environment: Record, num_ranks: int, *, is_local: bool) -> dict[str, Any]:
+    """What the largest point ran on."""
+    hardware = {key: environment[key] for key in ("devices", "cpu", "operating_system", "cuda", "starter") if environment.get(key) is not None}
+    cores = environment["cpu"]["usable_cores"]
+    shares = is_local and num_ranks > cores and environment.get("cuda") is None
+    return hardware | ({"note": f"{num_ranks} ranks shared {cores} cores of one computer: the overhead holds that"} if shares else {})
+
+
+def _peak_tflops(run: Run) -> float | None:
+    gpu = run.machine.node.gpu
+    return None if gpu is None else gpu.peak_tflops.get(LEVELS[run.recipe.precision].products)
+
+
+def _point(study: Study, point: StudyPoint, directory: RunDir, run: Run, *, order: int, folder: StudyDir) -> Point:
+    measured = range(study.warmup + 1, study.warmup + study.steps + 1)
+    records = [record for record in read_lines(directory.metrics) if record["step"] in measured]
+    peak = _peak_tflops(run)
+    counted = peak is not None and all(record.get("mfu") for record in records)
+    flops_per_s = (peak or 0.0) * 1e12 * run.allocation.num_ranks
+    nodes = _nodes(directory, measured)
+    return Point(
+        nodes=point.nodes,
+        ranks=run.allocation.num_ranks,
+        repetition=point.repetition,
+        order=order,
+        steps=study.steps,
+        step_s=tuple(float(record["step_s"]) for record in records),
+        residues=tuple(int(record["num_residues"]) for record in records),
+        tokens=tuple(int(record["num_tokens"]) for record in records),
+        flops=tuple(record["mfu"] * record["step_s"] * flops_per_s for record in records) if counted else None,
+        ledger=Ledger(**{name: tuple(float(record["ledger"][name]) for record in records) for name in PARTS}),
+        skew_s=_skew(list(nodes.values()), study.steps),
+        per_node=tuple(_share(node, lines) for node, lines in nodes.items()),
+        run_dir=str(directory.path.relative_to(folder.path)),
+    )
+
+
+def _nodes(directory: RunDir, measured: range) -> dict[int, list[Record]]:
+    """The lines of each node that has one for every measured step; a full disk may have ended a file."""
+    found: dict[int, list[Record]] = {}
+    for path in sorted(directory.timings.glob("node-*.jsonl")):
+        lines: list[Record] = [line for line in read_lines(path) if line["step"] in measured]
+        if len(lines) == len(measured):
+            found[int(path.stem.removeprefix("node-"))] = lines
+    return found
+
+
+def _skew(nodes: Sequence[Sequence[Record]], steps: int) -> tuple[float, ...]:
+    if not nodes:
+        return (0.0,) * steps
+    return tuple(max(times) - statistics.median(times) for times in ([line["compute_s"] for line in lines] for lines in zip(*nodes, strict=True)))
+
+
+def _share(node: int, lines: Sequence[Record]) -> NodeShare:
+    return NodeShare(node, str(lines[-1]["host"]), statistics.median(line["compute_s"] for line in lines))

@@ -1,0 +1,200 @@
+"""Where non-finite numbers come from: the rank, the samples and the parameter, or a machine that computed wrongly.
+
+The gradients of a step are summed as they arise, so when the sum is not finite every rank has lost its own share. Only
+then is the step computed once more, on each rank by itself: a batch is a function of seed and position, and so are the
+random numbers of a model, so the same numbers must come out. What is not finite again is a matter of the numbers, and its
+rank, samples and first parameter are known. What comes out otherwise on the same rank is a matter of its hardware.
+A step that goes well pays nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import whereabouts
+from ..architecture import Batch
+from .loader import LoadedStep
+from .session import Session
+from .step import on_device, step_seed, with_token_counts
+
+_log = logging.getLogger(__name__)
+
+_MAX_SAMPLES, _MAX_RANKS = 32, 8
+_TOLERANCE = 1e-3
+"""Relative; sums may come out in another order the second time. The loss of a CPU must have the same bits."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one rank found out about one of its micro batches, or about itself (micro batch -1)."""
+
+    rank: int
+    micro_batch: int
+    what: str
+    """"loss" or "gradient" is not finite again; "differs": computed once more it came out otherwise."""
+    samples: tuple[int, ...] = ()
+    num_samples: int = 0
+    parameter: str | None = None
+    """The first, in the order of the backward pass, whose gradient is not finite."""
+    num_parameters: int = 0
+    """That have such gradients."""
+
+
+@dataclass
+class Replay:
+    """A micro batch computed once more on this rank alone."""
+
+    loss: float
+    bad: list[str] = field(default_factory=list)
+    """Parameters with non-finite gradients, in the order of the backward pass."""
+    square: float = 0.0
+    """Sum of the squares of its gradients."""
+    peak: float = 0.0
+    """Largest gradient, as a fraction of what its type can hold."""
+
+
+def explain(session: Session, loaded: LoadedStep, losses: Sequence[float]) -> None:
+    """Find out why a step was skipped, and tell it in the log and the history. `losses` are those of this rank's micro batches. Collective."""
+    if not session.layout.is_plain:  # of a cut model no rank has gradients of its own
+        return
+    with whereabouts.patiently("looking for the cause of non-finite numbers"):
+        replays = [_replay(session, loaded) for _ in range(2)]
+        session.model.zero_gradients()
+        found = findings(session.comm.rank, loaded.micro_batches, losses, replays, exact=_is_exact(loaded), bitwise=session.comm.device.type == "cpu")
+        told = session.comm.all_gather_object([[asdict(one) for one in found], max((replay.peak for replay in replays[0]), default=0.0)])
+    everywhere = [Finding(**one) for rank_found, _ in told for one in rank_found]
+    _tell(session, loaded, everywhere, verdict(everywhere, sum(peak for _, peak in told), exact=_is_exact(loaded)))
+
+
+def _is_exact(loaded: LoadedStep) -> bool:
+    """Whether the step can be computed again as it was: what a model remembered before it is gone."""
+    return loaded.lane_sums is None or loaded.begins_lanes
+
+
+def _replay(session: Session, loaded: LoadedStep) -> list[Replay]:
+    """Every micro batch of this rank by itself, without other ranks."""
+    torch.manual_seed(step_seed(session.run.recipe.seed, step=loaded.step, rank=session.data_rank))
+    scaling = session.loss_scale
+    multiplier = scaling.multiplier(session.run.recipe.phases[loaded.phase]) if scaling else 1.0
+    batches = on_device(with_token_counts(session, loaded.micro_batches), session.comm.device)
+    return [_one(session, batch if loaded.begins_lanes else session.memory.put_into(batch, index), multiplier) for index, batch in enumerate(batches)]
+
+
+def _one(session: Session, batch: Batch, multiplier: float) -> Replay:
+    session.model.zero_gradients()
+    bad: list[str] = []
+    with session.model.no_sync(), _noting_bad_gradients(session, bad):
+        with session.forward():
+            result = session.model.module(batch)
+        session.model.backward(result.loss if multiplier == 1.0 else result.loss * multiplier)
+    gradients = [parameter.grad for parameter in session.module.parameters() if parameter.grad is not None]
+    whereabouts.moved()
+    limits = [_largest(session, gradient) for gradient in gradients]
+    return Replay(
+        float(result.loss.detach().double()),
+        bad,
+        float(sum(gradient.double().square().sum() for gradient in gradients)),
+        max((float(gradient.abs().max()) / limit for gradient, limit in zip(gradients, limits, strict=True) if gradient.numel()), default=0.0),
+    )
+
+
+def _largest(session: Session, gradient: Tensor) -> float:
+    """The largest number that this gradient may become on its way to the sum."""
+    sent_as = torch.float16 if session.run.recipe.parallel.compression == "fp16" else gradient.dtype
+    return torch.finfo(sent_as).max
+
+
+@contextmanager
+def _noting_bad_gradients(session: Session, bad: list[str]) -> Iterator[None]:
+    """In here each parameter whose gradient is complete and not finite adds its name."""
+
+    def note(name: str, parameter: Tensor) -> None:
+        if parameter.grad is not None and not bool(parameter.grad.isfinite().all()):
+            bad.append(name)
+
+    handles = [
+        parameter.register_post_accumulate_grad_hook(partial(note, name))  # type: ignore[no-untyped-call]
+        for name, parameter in session.module.named_parameters()
+        if parameter.requires_grad
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def findings(rank: int, batches: Sequence[Batch], losses: Sequence[float], replays: Sequence[Sequence[Replay]], *, exact: bool, bitwise: bool) -> list[Finding]:
+    """What one rank has to tell, from its losses in the step and from computing it again twice.
+
+    `exact`: the same must come out; `bitwise`: of the loss to the last bit.
+    """
+    found = []
+    for index, (batch, loss, first, second) in enumerate(zip(batches, losses, replays[0], replays[1], strict=True)):
+        where = Finding(rank, index, "", tuple(batch.sample_ids.tolist()[:_MAX_SAMPLES]), len(batch.sample_ids))
+        same = _agree(loss, first.loss, bitwise) and _agree(first.loss, second.loss, bitwise) and _agree(first.square, second.square, False)
+        if exact and not same:
+            found.append(replace(where, what="differs"))
+        elif not math.isfinite(first.loss) or first.bad:
+            what = "gradient" if math.isfinite(first.loss) else "loss"
+            found.append(replace(where, what=what, parameter=next(iter(first.bad), None), num_parameters=len(first.bad)))
+    return found
+
+
+def _agree(one: float, other: float, bitwise: bool) -> bool:
+    if not math.isfinite(one) or not math.isfinite(other):
+        return math.isfinite(one) == math.isfinite(other)
+    return one == other if bitwise else math.isclose(one, other, rel_tol=_TOLERANCE)
+
+
+def verdict(found: Sequence[Finding], peaks: float, *, exact: bool) -> str:
+    """What the findings of all ranks come to; `peaks` is the sum over ranks of their largest gradient, as a fraction of what its type holds."""
+    if any(one.what == "differs" for one in found):
+        return "hardware"
+    if found:
+        return "numbers"
+    if peaks >= 1.0:
+        return "overflow"
+    return "lost" if exact else "unknown"
+
+
+_SENTENCES = {
+    "hardware": "the same step came out otherwise when it was computed again: suspect the hardware of {hosts}",
+    "numbers": "computed again it is not finite again",
+    "overflow": "the gradients of every rank are finite, and their sum is too large for its type: fp32, or a smaller loss scale, has room for it",
+    "lost": "computed again it is finite on every rank: suspect the hardware of a node, or what joins the nodes; the step does not tell which",
+    "unknown": "computed again it is finite on every rank, though with what the model remembers now",
+}
+
+
+def _tell(session: Session, loaded: LoadedStep, found: Sequence[Finding], cause: str) -> None:
+    """Rank 0, for all."""
+    if session.records is None:
+        return
+    culprits = [one for one in found if cause != "hardware" or one.what == "differs"]
+    hosts = [_host(session, one.rank) for one in culprits]
+    said = _SENTENCES[cause].format(hosts=", ".join(dict.fromkeys(hosts)))
+    _log.warning("step %d: %s%s", loaded.step + 1, said, "".join(f"; {_sentence(one, host)}" for one, host in zip(culprits[:_MAX_RANKS], hosts, strict=False)))
+    where = [{**asdict(one), "host": host} for one, host in zip(culprits, hosts, strict=True)]
+    session.records.event("non-finite numbers", step=loaded.step + 1, verdict=cause, what=said, where=where[:_MAX_RANKS], num_found=len(culprits))
+
+
+def _host(session: Session, rank: int) -> str:
+    places = session.stragglers.places
+    return places[rank].host if places else f"rank {rank}"
+
+
+def _sentence(one: Finding, host: str) -> str:
+    parameter = f", first {one.parameter}, in all {one.num_parameters} parameters" if one.parameter else ""
+    samples = " ".join(map(str, one.samples[:8])) + (f" and {one.num_samples - 8} more" if one.num_samples > 8 else "")
+    kind: dict[str, Any] = {"loss": "the loss", "gradient": "the gradient", "differs": "what differs is that"}
+    return f"{kind[one.what]} of rank {one.rank} on {host}, micro batch {one.micro_batch}{parameter}, samples {samples}"
