@@ -63,9 +63,10 @@ def check_memory(recipe: Recipe, machine: Machine, chosen: Architecture, shape: 
     if need.peak <= _usable(memory):
         return need
     place = f"{machine.node.gpu.name} of {machine.name} has" if machine.node.gpu else f"a rank on {machine.name} has"
+    advice = _advice(recipe, _usable(memory), _peak_by_bins(recipe, machine, chosen, shape, batches), num_ranks=batches[0].num_ranks)
     raise ConfigError(
         f"{recipe.architecture.name} {recipe.architecture.size} in {recipe.precision} does not fit: {need_text(need)}; {place} {memory:.1f} GiB, "
-        f"of which {100 * MARGIN:.0f} % are kept free. {_advice(recipe, _usable(memory), _peak_by_bins(recipe, machine, chosen, shape, batches))}"
+        f"of which {100 * MARGIN:.0f} % are kept free. {advice}"
     )
 
 
@@ -140,12 +141,15 @@ def _largest_bins(recipe: Recipe, usable: float, needed_with: Callable[[int], in
     return max((size for size in sizes if needed_with(size) <= usable), default=None)
 
 
-def _advice(recipe: Recipe, usable: float, needed_with: Callable[[int], int]) -> str:
+def _advice(recipe: Recipe, usable: float, needed_with: Callable[[int], int], *, num_ranks: int) -> str:
     fitting, longest = _largest_bins(recipe, usable, needed_with), max(phase.max_residues for phase in recipe.phases)
     if fitting:
         return f"Take smaller micro batches: --set loading.bin_residues={fitting} is the largest that fits (the step stays the same)"
     ways = ["--set memory.recompute_every=1 computes layers again for the gradient instead of keeping them"] if not recipe.memory.recompute_every else []
     ways += ["--set precision=bf16 (or fp16) halves the activations, if the hardware has it"] if not LEVELS[recipe.precision].is_half else []
+    # Half weights are refused beside a cut model.
+    may_cut = num_ranks > 1 and recipe.parallel.sharding == "none" and recipe.parallel.comm == "torch" and LEVELS[recipe.precision].weights == "fp32"
+    ways += [f"--set parallel.sharding=full cuts the model over the {num_ranks} ranks"] if may_cut else []
     other = "".join(f"{way}; " for way in ways) + ("else " if ways else "")
     return (
         f"Smaller micro batches do not help: a sequence of {longest} residues alone needs {needed_with(longest) / GIB:.1f} GiB. "

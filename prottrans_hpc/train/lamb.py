@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -167,21 +168,32 @@ def _update_one(slot: Slot, update: Update, directions: Tensor, scratch: Tensor)
 
 
 def update_by_foreach(slots: list[Slot], update: Update) -> None:
-    """One multi-tensor kernel an operation and group; nothing waits for the device."""
-    for group in _groups(slots):
+    """One multi-tensor kernel an operation and group, with 12 bytes a parameter; nothing waits for the device."""
+    for group in groups(slots):
         _update_group(group, update)
 
 
-def _groups(slots: list[Slot]) -> Iterator[list[Slot]]:
-    """Slots whose updates are in memory together: what an update needs for a moment is 12 bytes a parameter of one group."""
-    group: list[Slot] = []
+class Counted(Protocol):
+    """What is updated: a slot, or a rank's part of one."""
+
+    @property
+    def parameter(self) -> Tensor:
+        """Its numbers."""
+
+
+Held = TypeVar("Held", bound=Counted)
+
+
+def groups(held: list[Held]) -> Iterator[list[Held]]:
+    """Those whose updates are in memory together: what an update needs for a moment is a few bytes a parameter of one group."""
+    group: list[Held] = []
     total = 0
-    for slot in slots:
-        total += slot.parameter.numel()
+    for one in held:
+        total += one.parameter.numel()
         if group and total > GROUP_PARAMETERS:
             yield group
-            group, total = [], slot.parameter.numel()
-        group.append(slot)
+            group, total = [], one.parameter.numel()
+        group.append(one)
     yield group
 
 

@@ -6,14 +6,13 @@ the two halves of an update; till then a direction stays where the gradient was,
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from . import pieces
-from .lamb import GROUP_PARAMETERS, Slot, Update
+from .lamb import Slot, Update, groups
 from .optim import SumOverRanks
 
 
@@ -35,7 +34,7 @@ def update_shards(slots: list[Slot], update: Update, sum_over_ranks: SumOverRank
     """One update; the gradients are overwritten. Collective."""
     shards = [_own(slot) for slot in slots]
     squares = torch.zeros(len(shards), 2, dtype=torch.float64, device=shards[0].parameter.device)
-    for group in _groups(shards):
+    for group in groups(shards):
         _turn_into_directions(group, update)
     for column, tensors in enumerate(([s.parameter for s in shards], [s.direction for s in shards])):
         counted = [index for index, s in enumerate(shards) if s.adapts and s.counts and s.parameter.numel()]
@@ -58,21 +57,8 @@ def _own(slot: Slot) -> Shard:
     )
 
 
-def _groups(shards: list[Shard]) -> Iterator[list[Shard]]:
-    """Shards whose denominators are in memory together, 4 bytes a parameter."""
-    group: list[Shard] = []
-    total = 0
-    for shard in shards:
-        total += shard.parameter.numel()
-        if group and total > GROUP_PARAMETERS:
-            yield group
-            group, total = [], shard.parameter.numel()
-        group.append(shard)
-    yield group
-
-
 def _turn_into_directions(shards: list[Shard], update: Update) -> None:
-    """Equations 1 to 4 of `lamb`, and the decay of equation 5."""
+    """Equations 1 to 4 of `lamb`, and the decay of equation 5; its denominators are 4 bytes a parameter."""
     directions, exp_avgs, exp_avg_sqs = [s.direction for s in shards], [s.exp_avg for s in shards], [s.exp_avg_sq for s in shards]
     torch._foreach_mul_(directions, update.gradient_factor)
     torch._foreach_mul_(exp_avgs, update.beta1)
