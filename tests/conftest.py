@@ -235,6 +235,19 @@ def _normal_verbosity() -> Iterator[None]:
     terminal.set_verbosity(before)
 
 
+@pytest.fixture(autouse=True)
+def _signals_stay_as_they_are() -> Iterator[None]:
+    """A signal that a test leaves blocked or ignored is so in every child that a later test starts, and cannot end it."""
+    before = _signals()
+    yield
+    assert _signals() == before
+
+
+def _signals() -> tuple[set[int], dict[signal.Signals, object]]:
+    stopping = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+    return set(signal.pthread_sigmask(signal.SIG_BLOCK, ())), {number: signal.getsignal(number) for number in stopping}
+
+
 def _no_mpirun() -> str | None:
     return None if shutil.which("mpirun", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])) else "no mpirun"
 

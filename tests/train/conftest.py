@@ -63,7 +63,11 @@ class Gang:
 
     def kill(self) -> None:
         """SIGKILL to everything at once; the ranks die with the starter."""
-        pids = self.rank_pids() if self.process.poll() is None else []
+        try:
+            pids = self.rank_pids()
+        except (AssertionError, FileNotFoundError):  # the starter has just ended, and its ranks with it
+            assert self.process.wait(START_TIMEOUT_S) is not None
+            pids = []
         for pid in [*pids, self.process.pid]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
