@@ -82,7 +82,7 @@ def test_a_lost_node_s_items_are_run_elsewhere(cluster, tmp_path, tiny_checkpoin
     (node,) = cluster.run("squeue", "--noheader", "--states=running", "--format=%N").stdout.split()
     cluster.off(node)
     cluster.run("scontrol", "update", f"nodename={node}", "state=down", "reason=test")  # Slurm would see it after half a minute
-    told, _ = process.communicate(timeout=300)
+    told, _ = process.communicate(timeout=500)
     assert process.returncode == 0, told
     single = tmp_path / "single.h5"
     cluster.prottrans(*embed, "--out", str(single), timeout_s=120)
@@ -106,7 +106,7 @@ def test_a_killed_command_finds_its_jobs_again(cluster, tmp_path, tiny_checkpoin
         process.kill()
         # Only its entrance into the cluster is ours to kill.
         cluster.python("-c", KILL, env={"VICTIM": str(out)})
-        process.communicate(timeout=60)
+        process.communicate(timeout=180)
         time.sleep(1)
         assert cluster._jobs() == jobs
     finally:

@@ -41,7 +41,7 @@ class Training:
     @property
     def steps(self) -> list[int]:
         path = self.run_dir / "metrics.jsonl"
-        return [json.loads(line)["step"] for line in path.read_text().splitlines()] if path.is_file() else []
+        return [json.loads(line)["step"] for line in path.read_text().split("\n")[:-1]] if path.is_file() else []
 
     @property
     def checkpoints(self) -> list[str]:

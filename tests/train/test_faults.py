@@ -89,7 +89,7 @@ def test_a_dead_rank_ends_the_others(tmp_path, make_run, start_ranks):
     gang.signal_rank(1, 9)
     began = time.monotonic()
     assert gang.end(None) == 137
-    assert time.monotonic() - began < 45  # the comm time-out of the recipe is 60 s; a closed connection is seen at once
+    assert time.monotonic() - began < 120  # the comm time-out of the recipe is 180 s; a closed connection is seen at once
     assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
 
 

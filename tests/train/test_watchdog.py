@@ -103,7 +103,7 @@ def wait_for_hang(gang: Any, folder: Path, ranks: list[int]) -> dict[str, Any]:
     deadline = time.monotonic() + 240
     while True:
         over = gang.process.poll() is not None
-        for event in map(json.loads, (folder / "history.jsonl").read_text().splitlines()):
+        for event in map(json.loads, (folder / "history.jsonl").read_text().split("\n")[:-1]):
             if event["event"] == "hang" and event["ranks"] == ranks:
                 return dict(event)
         assert not over and time.monotonic() < deadline, gang.story()
