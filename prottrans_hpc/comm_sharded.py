@@ -70,6 +70,9 @@ class ShardedModel:
         """Forget the gradients; the next backward pass makes them afresh."""
         self.module.zero_grad(set_to_none=True)
 
+    def forget(self) -> None:
+        """Nothing is left from step to step."""
+
     def around(self, forward: Callable[[], AbstractContextManager[Any]]) -> Callable[[], AbstractContextManager[Any]]:
         """`forward`, where the death of a peer is a RankLostError: a forward pass talks here too."""
 

@@ -21,9 +21,8 @@ from torch import Tensor, nn
 from torch.distributed import GradBucket, Store  # type: ignore[attr-defined] # torch does not declare what it exports
 from torch.nn.parallel import DistributedDataParallel
 
-from . import comm_reduction, comm_rendezvous
+from . import comm_reduction, comm_rendezvous, comm_torch_groups
 from .comm import Json, ParallelModel, check_same, decode, encode, parameter_digest
-from .comm_compression import HALVED
 from .comm_lost import is_lost_peer
 from .errors import RankLostError
 from .rank import RankContext
@@ -144,15 +143,15 @@ class TorchComm:
     def parallel(self, module: nn.Module, bucket_mib: int) -> ParallelModel:
         """DDP with rank 0's parameters on every rank, checked."""
         with self.watching("the start of the model"):
-            model = TorchModel(self, module, bucket_mib, comm_reduction.choose(self.settings, self._groups(), self.hold))
+            model = TorchModel(self, module, bucket_mib, comm_reduction.choose(self.settings, comm_torch_groups.TorchGroup(None, self.hold), self._groups()))
         check_same(self, "the parameters", parameter_digest(module))
         return model
 
     def _groups(self) -> comm_reduction.NodeGroups | None:
         """What a hierarchical reduction takes, made once; None where nothing wants it or it gains nothing."""
-        wanted = self.settings.reduction == "hierarchical" or self.settings.compression in HALVED
-        if self._node_groups is None and self.nodes is not None and wanted:
-            self._node_groups = comm_reduction.make_node_groups(self.nodes, self.rank, timeout_s=self.timeout_s, is_cuda=self.device.type == "cuda")
+        if self._node_groups is None and self.nodes is not None and comm_reduction.wants_nodes(self.settings):
+            is_cuda = self.device.type == "cuda"
+            self._node_groups = comm_torch_groups.make_node_groups(self.nodes, self.rank, timeout_s=self.timeout_s, is_cuda=is_cuda, hold=self.hold)
         return self._node_groups
 
     def close(self) -> None:
@@ -227,7 +226,7 @@ class TorchModel:
     def __init__(self, comm: TorchComm, module: nn.Module, bucket_mib: int, reduction: comm_reduction.Reduction | None = None) -> None:
         self._comm = comm
         self._sums: list[dist.Work] = []
-        self._pipeline = comm_reduction.Pipeline(comm.device)
+        self._pipeline = comm_reduction.Pipeline(torch.cuda.Stream(comm.device) if comm.device.type == "cuda" else None)  # type: ignore[no-untyped-call]
         self._reduction: comm_reduction.Reduction | None = None
         self.module = DistributedDataParallel(
             _Callee(module),
@@ -262,6 +261,11 @@ class TorchModel:
     def zero_gradients(self) -> None:
         """In place: the gradients are views of DDP's buckets."""
         self.module.zero_grad(set_to_none=False)
+
+    def forget(self) -> None:
+        """Drop what compression remembers."""
+        if self._reduction is not None:
+            self._reduction.forget()
 
     def start_sum(self, bucket: GradBucket) -> None:
         """Begin to sum a bucket in place."""

@@ -87,6 +87,8 @@ def restore(session: Session, *, multiple_of: int = 1) -> str | None:
     else:
         check_identity(found, identity(session))
         _apply(session, found)
+    # What compression left out of steps that are undone must not come back: a return within a process is one in a new process.
+    session.model.forget()
     session.last_saved = session.progress.step
     session.node_timings.begin_at(session.progress.step)
     if session.records is not None:
