@@ -131,3 +131,13 @@ def test_low_rank_wants_gradients_of_one_scale() -> None:
 
     with pytest.raises(ConfigError, match="powersgd"):
         recipe.read_recipe("tiny_prot_bert", ("parallel.compression=powersgd", "precision=fp16"))
+
+
+@pytest.mark.parametrize("precision", ["bf16_o2", "bf16_o3"])
+def test_horovod_adds_up_no_gradients_in_bf16_and_what_to_take_is_said(precision: str) -> None:
+    from prottrans_hpc.errors import ConfigError
+
+    settings = ("parallel.comm=horovod", f"precision={precision}")
+    with pytest.raises(ConfigError, match=r"does not add up: take bf16, whose gradients are fp32 \(parallel.compression = 'bf16'"):
+        recipe.read_recipe("tiny_prot_bert", settings)
+    assert recipe.read_recipe("tiny_prot_bert", ("parallel.comm=horovod", "precision=bf16", "parallel.compression=bf16")).parallel.compression == "bf16"
