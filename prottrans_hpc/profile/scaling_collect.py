@@ -12,9 +12,12 @@ from ..precision_levels import LEVELS
 from ..run_dir import Run, RunDir, read_run
 from ..scaling_study import Study, StudyDir, StudyPoint
 from ..train.curve import read_lines
-from .scaling import PARTS, Ledger, NodeShare, Point, Scaling
+from .model_facts import model_facts
+from .scaling import PARTS, Ledger, NodeShare, Point, Scaling, Sharing
 
 Record = Mapping[str, Any]
+_HALF_BYTES = 2
+"""Of a gradient that is sent in fp16 or bf16."""
 
 
 def collect(folder: StudyDir, study: Study) -> Scaling:
@@ -47,6 +50,25 @@ def collect(folder: StudyDir, study: Study) -> Scaling:
         hardware=_hardware(environment, largest.ranks, is_local=first.machine.scheduler == "local"),
         versions={str(name): str(version) for name, version in environment["versions"].items()},
         points=points,
+        sharing=_sharing(first, gradient_bytes=parameters * LEVELS[first.recipe.precision].weight_bytes),
+    )
+
+
+def _sharing(run: Run, *, gradient_bytes: int) -> Sharing:
+    parallel, chosen = run.recipe.parallel, architecture.get(run.recipe.architecture.name)
+    facts = model_facts(chosen, chosen.size(run.recipe.architecture.size).shape, parallel)
+    level = LEVELS[run.recipe.precision]
+    sent = {"none": None, "powersgd": facts.factor_numbers * level.weight_bytes}
+    # Local "nodes" are one computer: a copy of a hybrid is then cut over all of them.
+    default = None if run.machine.scheduler == "local" else max(1, run.allocation.ranks_per_node // parallel.tensor_ranks)
+    return Sharing(
+        reduction=parallel.reduction,
+        compression=parallel.compression,
+        sharding=parallel.sharding,
+        shard_ranks={"none": 1, "full": None, "hybrid": parallel.shard_ranks or default}[parallel.sharding],
+        tensor_ranks=parallel.tensor_ranks,
+        units=facts.units,
+        sent_bytes=sent.get(parallel.compression, min(gradient_bytes, _HALF_BYTES * gradient_bytes // level.weight_bytes)),
     )
 
 
