@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 from torch.utils import _pytree
 
@@ -32,7 +33,7 @@ from .parallel_layout import ParallelLayout
 
 _AXES = ("replicate", "shard", "tensor")
 _STYLES: dict[str, Callable[[], ParallelStyle]] = {"column": ColwiseParallel, "row": RowwiseParallel}
-Split = Mapping[str, Literal["column", "row"]]
+Split = Mapping[str, Literal["column", "row"] | int]
 """As `architecture.TensorParallel.split`."""
 
 
@@ -102,12 +103,22 @@ def shard(comm: TorchComm, module: nn.Module, layout: ParallelLayout, split: Spl
     with comm.watching("the start of a sharded model"):
         mesh = _mesh(comm, layout)
         if layout.num_tensor > 1:
-            for name, part in module.named_modules():
-                style = split.get(name.rpartition(".")[2])
-                if style is not None:
-                    parallelize_module(part, mesh["tensor"], _STYLES[style](), src_data_rank=None)  # every rank has the whole
+            _share(module, mesh["tensor"], split)
         root = _cut(module, mesh["replicate", "shard"] if layout.num_replicas > 1 else mesh["shard"], frees=layout.num_shards > 1)
     return ShardedModel(comm, root)
+
+
+def _share(module: nn.Module, mesh: DeviceMesh, split: Split) -> None:
+    """Of every weight that `split` names, leave this rank of a tensor group its part; every rank has the whole, so nothing is sent."""
+    for name, part in module.named_modules():
+        style = split.get(name.rpartition(".")[2])
+        if isinstance(style, str):
+            parallelize_module(part, mesh, _STYLES[style](), src_data_rank=None)
+        for leaf, parameter in list(part.named_parameters(recurse=False)):
+            dimension = split.get(".".join([*name.split("."), leaf][-2:]).lstrip("."))
+            if isinstance(dimension, int):
+                cut = distribute_tensor(parameter, mesh, [Shard(dimension)], src_data_rank=None)
+                part.register_parameter(leaf, nn.Parameter(cut, requires_grad=parameter.requires_grad))
 
 
 def _mesh(comm: TorchComm, layout: ParallelLayout) -> DeviceMesh:

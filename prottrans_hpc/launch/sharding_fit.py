@@ -51,7 +51,7 @@ def _number(number: int, one: str, many: str) -> str:
 
 
 def _check_products(chosen: Architecture, shape: Any, tensor_ranks: int) -> None:
-    if chosen.tensor_parallel is None or chosen.lanes:  # lanes have a rank each
+    if chosen.tensor_parallel is None:
         able = [record.name for record in architecture.available() if record.tensor_parallel]
         raise ConfigError(
             f"the matrices of {chosen.name} cannot be shared by a tensor group; those of {', '.join(able)} can. "
@@ -60,9 +60,10 @@ def _check_products(chosen: Architecture, shape: Any, tensor_ranks: int) -> None
     numbers = chosen.tensor_parallel.divides(shape)
     bad = {name: number for name, number in numbers.items() if number % tensor_ranks}
     if bad:
-        fitting = [size for size in range(1, min(numbers.values()) + 1) if all(number % size == 0 for number in numbers.values())]
+        fitting = chosen.tensor_parallel.degrees(shape)
         listed = ", ".join(f"{name} {number:,}" for name, number in bad.items())
+        near = " and ".join(map(str, [*[size for size in fitting if size < tensor_ranks][-1:], *[size for size in fitting if size > tensor_ranks][:1]]))
         raise ConfigError(
             f"parallel.tensor_ranks = {tensor_ranks} does not divide {listed} of {chosen.name}: a rank takes whole heads and an equal part of the "
-            f"feed-forward width. Possible are {', '.join(map(str, fitting))}"
+            f"feed-forward width. Possible are {', '.join(map(str, fitting))}; nearest: {near}"
         )

@@ -64,8 +64,9 @@ def memory_of(session: Session) -> LaneTensors | None:
     if not session.record.lanes or session.run.recipe.checkpoint.lane_memory == "dropped":
         return None
     num_lanes = _num_lanes(session, session.progress.step - 1)
-    tensors = session.memory.tensors(own_lanes(num_lanes, session.comm.rank, session.comm.world_size).start)
-    return LaneTensors(num_lanes, tensors) if tensors else None
+    num_shares = session.layout.num_data_ranks
+    tensors = session.memory.tensors(own_lanes(num_lanes, session.data_rank, num_shares).start)
+    return LaneTensors(num_lanes, num_shares, tensors) if tensors else None
 
 
 def _num_lanes(session: Session, step: int) -> int:
@@ -80,7 +81,7 @@ def restore(session: Session, *, multiple_of: int = 1) -> str | None:
     """
     steps = session.comm.broadcast_object(session.run_dir.checkpoint_steps()[::-1])
     steps = [step for step in steps if step % multiple_of == 0] or steps
-    own = functools.partial(own_lanes, rank=session.comm.rank, world_size=session.comm.world_size)
+    own = functools.partial(own_lanes, rank=session.data_rank, world_size=session.layout.num_data_ranks)
     found = checkpoint.read_newest(session.run_dir, steps, agreement(session.comm), lanes_of=own, own=tensors_of(session))
     if found is None:
         _begin(session)

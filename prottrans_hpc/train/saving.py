@@ -59,13 +59,17 @@ class LaneTensors:
 
     num_lanes: int
     """Of all ranks together."""
+    num_shares: int
+    """Over so many ranks of the data path they are shared out; the ranks of a tensor group remember the same, and its first one saves it."""
     tensors: Mapping[str, torch.Tensor]
 
 
 def plan_memory(memory: LaneTensors | None, world_size: int) -> tuple[FilePlan, ...]:
-    """A file a rank for the memory of its lanes: gigabytes a node at the published sizes, so nobody collects it from others."""
-    files = lane_files(memory.num_lanes, world_size) if memory else []
-    return tuple(FilePlan(file.name, "memory", rank, ()) for rank, file in enumerate(files))
+    """A file a share for the memory of its lanes: gigabytes a node at the published sizes, so nobody collects it from others."""
+    if memory is None:
+        return ()
+    apart = world_size // memory.num_shares
+    return tuple(FilePlan(file.name, "memory", share * apart, ()) for share, file in enumerate(lane_files(memory.num_lanes, memory.num_shares)))
 
 
 def plan_files(sizes: Mapping[str, Mapping[str, int]], world_size: int) -> tuple[FilePlan, ...]:

@@ -109,21 +109,22 @@ def test_shards_share_everything_and_tensor_groups_the_layers() -> None:
     assert needs[2].gathered == needs[0].gathered == 0
 
 
-def test_tensors_that_a_rank_holds_are_as_many_as_counted() -> None:
+@pytest.mark.parametrize("name", ["prot_bert", "prot_txl", "prot_xlnet"])
+def test_tensors_that_a_rank_holds_are_as_many_as_counted(name: str) -> None:
     """Held against the modules: what the record says is cut is what layers have."""
     import torch
 
     from prottrans_hpc.stage import find
 
-    record = architecture.get("prot_bert")
+    record = architecture.get(name)
     shape = record.size("small").shape
     with torch.device("meta"):
         module = find(record.build)(shape)
     split = record.tensor_parallel.split if record.tensor_parallel else {}
     own = 0.0
     for name, parameter in module.named_parameters():
-        owner, kind = name.split(".")[-2], name.split(".")[-1]
-        is_cut = owner in split and (kind == "weight" or split[owner] == "column")
+        owner, kind = ["", *name.split(".")][-2:]
+        is_cut = f"{owner}.{kind}".lstrip(".") in split or (owner in split and (kind == "weight" or split[owner] == "column"))
         own += parameter.numel() / (4 if is_cut else 1)
     assert own_parameters(record, shape, ParallelLayout(1, num_tensor=4)) == pytest.approx(own, rel=0.01)
 

@@ -42,11 +42,12 @@ class Case:
         self.device = device
         self.recipe = read_recipe(case["recipe"], tuple(case["settings"]))
         self.record = architecture.get(self.recipe.architecture.name)
+        self.shape = replace(self.record.size(self.recipe.architecture.size).shape, **case.get("shape", {}))
         self.layout, self.corpus = ParallelLayout(*case["layout"]), corpus
 
     def module(self) -> torch.nn.Module:
         """With the starting weights of every rank."""
-        module = find(self.record.build)(self.record.size(self.recipe.architecture.size).shape)
+        module = find(self.record.build)(self.shape)
         module.initialise(self.recipe.seed)
         module.recompute_every = self.recipe.memory.recompute_every
         return module.train()

@@ -26,7 +26,7 @@ def _case(recipe: str, name: str, layout: list[int], *settings: str) -> dict[str
 CASES = {
     2: [
         *(_case(twin, "full", [1, 2, 1]) for twin in (*TWINS, *LANES)),
-        *(_case(twin, "tensor", [1, 1, 2]) for twin in TWINS),
+        *(_case(twin, "tensor", [1, 1, 2]) for twin in (*TWINS, *LANES)),
     ],
     4: [
         _case("tiny_prot_bert", "full", [1, 4, 1]),
@@ -38,6 +38,10 @@ CASES = {
         _case("tiny_prot_t5", "tensor", [1, 1, 4]),
         _case("tiny_prot_t5", "hybrid, bf16", [2, 2, 1], "precision=bf16"),
         _case("tiny_prot_txl", "full", [1, 4, 1]),
+        *(_case(twin, "tensor and full, recomputed", [1, 2, 2], "memory.recompute_every=1") for twin in LANES),
+        *(_case(twin, "tensor and full, bf16", [1, 2, 2], "precision=bf16") for twin in LANES),
+        *(_case(twin, "tensor", [1, 1, 4]) | {"shape": {"num_heads": 4}} for twin in LANES),
+        _case("tiny_prot_xlnet", "tensor and copies", [2, 1, 2]),
     ],
 }
 
