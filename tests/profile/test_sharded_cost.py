@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -31,6 +37,19 @@ def test_full_sharding_on_nodes_of_one_rank_sends_three_times_what_a_ring_gather
     assert total == exposed == pytest.approx((3 - 1 / UNITS) * gathered)
     messages = traffic(cut(None, overlaps=False), PASSES, Fabric(1, Wire(1e-5, float("inf"))), 8)[0]
     assert messages == pytest.approx((3 * UNITS - 1) * 7 * 1e-5)
+
+
+def test_the_bytes_of_real_ranks_are_those_of_the_model():
+    """Counted in a network of their own, three ranks over gloo: what the formula says, and a percent of headers."""
+    space = ["unshare", *([] if os.geteuid() == 0 else ["--user", "--map-root-user"]), "--net"]
+    if not shutil.which("ip") or not shutil.which("unshare") or subprocess.run([*space, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("no network of its own can be made here")
+    program = [sys.executable, str(Path(__file__).with_name("cut_bytes.py")), "3", "4"]
+    done = subprocess.run(["timeout", "-k", "5", "200", *space, *program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    of_gloo = Cut(None, 4, 1.0, overlaps=False, scatter_rounds=2)
+    modelled = traffic(of_gloo, Passes(0.0, 0.0, 1.0, 1, "ring"), Fabric(1, Wire(0.0, 1.0)), 3)[0]
+    assert float(done.stdout) == pytest.approx(modelled, rel=0.02)
 
 
 def test_a_reduce_scatter_that_is_an_all_reduce_inside_sends_twice():
