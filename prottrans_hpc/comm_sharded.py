@@ -74,6 +74,20 @@ class ShardedModel:
     def forget(self) -> None:
         """Nothing is left from step to step."""
 
+    def when_gathered(self, note: Callable[[Tensor], None]) -> None:
+        """From now on, call `note` with each whole weight (of a tensor group, this rank's part of it) when it has been brought together and before
+        it is used. Its memory is given back behind that, and filled again for the backward pass: who keeps saved tensors elsewhere must leave it alone.
+        """
+
+        def gathered(unit: nn.Module, _arguments: Any) -> None:
+            for part in _own_modules(unit):
+                for parameter in part.parameters(recurse=False):
+                    note(parameter)
+
+        for part in self._units:
+            assert isinstance(part, nn.Module)
+            part.register_forward_pre_hook(gathered)  # behind FSDP's own
+
     def around(self, forward: Callable[[], AbstractContextManager[Any]]) -> Callable[[], AbstractContextManager[Any]]:
         """`forward`, where the death of a peer is a RankLostError: a forward pass talks here too."""
 
@@ -126,6 +140,14 @@ def _mesh(comm: TorchComm, layout: ParallelLayout) -> DeviceMesh:
     for axis in _AXES:  # torch gives groups its own default, not that of the first group
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=comm.timeout_s), mesh.get_group(axis))
     return mesh
+
+
+def _own_modules(unit: nn.Module) -> Iterator[nn.Module]:
+    """Those whose weights are brought together with a unit's."""
+    yield unit
+    for child in unit.children():
+        if not isinstance(child, FSDPModule):
+            yield from _own_modules(child)
 
 
 def _cut(module: nn.Module, mesh: DeviceMesh, *, frees: bool) -> FSDPModule:

@@ -29,12 +29,6 @@ def _check_company(recipe: Recipe) -> None:
     if LEVELS[recipe.precision].weights != "fp32":
         possible = ", ".join(name for name, level in LEVELS.items() if level.weights == "fp32")
         raise ConfigError(f"precision {recipe.precision!r} holds half weights beside fp32 masters: {cut}, take one of {possible}")
-    if recipe.memory.saved != "as_is":
-        raise ConfigError(f"memory.saved = {recipe.memory.saved!r} cannot tell weights from activations {cut}: leave it out, and recompute layers instead")
-    if recipe.memory.lms_limit_gib is not None:
-        raise ConfigError(f"memory.lms_limit_gib would move gathered weights to the host, too, {cut}: leave it out, and recompute layers instead")
-    if recipe.memory.optimizer_on != "device":
-        raise ConfigError(f"memory.optimizer_on = {recipe.memory.optimizer_on!r} keeps whole states: {cut}, leave it out and cut over more ranks")
 
 
 def layout_text(layout: ParallelLayout) -> str:

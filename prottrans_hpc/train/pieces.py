@@ -113,6 +113,16 @@ def cut_all(wholes: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[st
     return {name: cut_out(tensor, like[name]) if name in like else tensor for name, tensor in wholes.items()}
 
 
+def elsewhere(part: Tensor, like: Tensor) -> Tensor:
+    """A tensor in the memory of `part`, divided as `like` is, whatever device that memory is of: `wrap` would move it to that of `like`."""
+    return type(like)(part, like._spec, requires_grad=False) if is_divided(like) else part  # as FSDP2 makes what it keeps on the host
+
+
+def largest_numel(tensor: Tensor) -> int:
+    """Elements of the largest piece that any rank holds; the same on every rank."""
+    return volume(division_of(tensor).box_of(0))  # no part is larger than the first
+
+
 def wrap(part: Tensor, like: Tensor) -> Tensor:
     """A tensor in the memory of `part`, divided as `like` is."""
     if not is_divided(like):

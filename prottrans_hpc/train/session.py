@@ -15,7 +15,8 @@ from ..corpus.index import Index, read_index
 from ..corpus.order import SamplePosition
 from ..corpus.reader import Corpus
 from ..errors import ConfigError, IdentityError
-from ..memory.policy import around
+from ..memory.policy import around, saves_otherwise
+from ..memory.storages import Parameters
 from ..parallel_layout import ParallelLayout, layout_on
 from ..precision_levels import LEVELS
 from ..recipe import Recipe
@@ -137,16 +138,16 @@ def open_session(run: Run, run_dir: RunDir, comm: Comm, *, index: Index, start_i
     module.recompute_every = recipe.memory.recompute_every
     forward = precision.forward_context(recipe.precision, comm.device)
     masters = precision.lower_weights(module, recipe.precision)
-    forward = around(forward, recipe.memory, module.parameters())
     if host_optimizer.moves(recipe, comm.device):
         masters = host_optimizer.on_host(masters)
     timing = StepTiming(comm.device)
     model: ParallelModel
     if layout.is_plain:
         model = comm.parallel(module, recipe.parallel.bucket_mib)
+        forward = around(forward, recipe.memory, module.parameters())
     else:
         model = _sharded(comm, module, layout, record)
-        forward = model.around(forward)
+        forward = model.around(around(forward, recipe.memory, _weights(model, recipe)))
     return Session(
         run=run,
         run_dir=run_dir,
@@ -178,9 +179,17 @@ def _sharded(comm: Comm, module: nn.Module, layout: ParallelLayout, record: Arch
     return model
 
 
+def _weights(model: ShardedModel, recipe: Recipe) -> Parameters:
+    """Those of a sharded model, and from its first forward pass on those that are brought together."""
+    weights = Parameters(model.module.parameters())
+    if saves_otherwise(recipe.memory):
+        model.when_gathered(weights.add)
+    return weights
+
+
 def _optimizer(module: nn.Module, masters: dict[str, Tensor], chosen: Recipe, sum_over_ranks: SumOverRanks) -> Optimizer:
     if host_optimizer.moves(chosen, next(module.parameters()).device):
-        return host_optimizer.build_host_optimizer(module, masters, chosen)
+        return host_optimizer.build_host_optimizer(module, masters, chosen, sum_over_ranks)
     if LEVELS[chosen.precision].weights == "fp32":
         return build_optimizer(module.named_parameters(), chosen.optimizer, sum_over_ranks)
     trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}

@@ -59,9 +59,6 @@ def test_layouts_that_fit(recipe: str, machine: str, settings: tuple[str, ...], 
         ("prot_txl_bfd", "nvl72", ("parallel.tensor_ranks=4",), 64, "Possible are 1, 2; nearest: 2"),
         ("prot_xlnet", "summit", ("parallel.tensor_ranks=6",), 108, "Possible are 1, 2, 4, 8, 16; nearest: 4 and 8"),
         ("tiny_prot_bert", "laptop", ("parallel.sharding=full", "precision=bf16_o2"), 2, "take one of fp32, tf32, bf16, fp16"),
-        ("tiny_prot_bert", "laptop", ("parallel.sharding=full", "memory.saved=bf16"), 2, "cannot tell weights from activations"),
-        ("tiny_prot_bert", "laptop", ("parallel.sharding=full", "memory.lms_limit_gib=1.0"), 2, "would move gathered weights"),
-        ("tiny_prot_bert", "laptop", ("parallel.sharding=full", "memory.optimizer_on=host"), 2, "cut over more ranks"),
     ],
 )
 def test_what_cannot_be_is_answered_with_what_can(recipe: str, machine: str, settings: tuple[str, ...], num_ranks: int, said: str) -> None:
@@ -75,6 +72,13 @@ def test_an_architecture_that_says_nothing_of_tensor_groups_has_none() -> None:
     recipe = read_recipe("tiny_prot_bert", ("parallel.tensor_ranks=2",))
     with pytest.raises(ConfigError, match=r"matrices of window cannot be shared by a tensor group; those of .*prot_t5, prot_txl, prot_xlnet, protein_lm can"):
         check_sharding(recipe, read_machine("laptop"), chosen, chosen.size("tiny").shape, num_ranks=2)
+
+
+@pytest.mark.parametrize("layout", [("sharding=full",), ("sharding=hybrid", "shard_ranks=2"), ("tensor_ranks=2",), ("sharding=full", "tensor_ranks=2")])
+def test_every_memory_policy_goes_with_cut_models(layout: tuple[str, ...]) -> None:
+    memory = ("memory.saved=bf16", "memory.lms_limit_gib=1.0", "memory.optimizer_on=host", "memory.recompute_every=1", "memory.recompute_keeps=attention")
+    cut = tuple(f"parallel.{setting}" for setting in layout)
+    assert not _checked(read_recipe("prot_t5_xl_u50", (*cut, *memory, "precision=fp32")), read_machine("nvl72"), 8).is_plain
 
 
 @pytest.mark.parametrize(

@@ -62,6 +62,10 @@ def test_plain_gangs_keep_the_bits_of_one_rank(trained: Path) -> None:
         assert (trained / f"ddp3-{optimizer}-2.safetensors").read_bytes() == (trained / f"one-{optimizer}-0.safetensors").read_bytes()
 
 
+def test_an_optimizer_on_the_host_is_that_of_the_device(tmp_path: Path) -> None:
+    run_gangs("on host", tmp_path, ["fsdp2", "hybrid2x2", "fsdp2xtp2"])
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run directory a layout, with checkpoints of the steps 1 and 2."""
