@@ -21,6 +21,10 @@ BY = "preflight"
 """Marks the events of slow nodes that a preflight has found, for the trainer finds some as well."""
 
 
+FAILED = "preflight failed"
+"""So begins the cause of a job that ended because nothing was measured."""
+
+
 class Verdict(StrEnum):
     """What became of a preflight."""
 
@@ -84,7 +88,7 @@ def _append(run_dir: RunDir, events: list[dict[str, Any]]) -> None:
 
 def cause(finding: Finding) -> str:
     """Why the job ended, as the history says it."""
-    return f"preflight {finding.verdict}: {finding.reason}" if finding.verdict is Verdict.FAILED else f"preflight: {finding.reason}"
+    return f"{FAILED if finding.verdict is Verdict.FAILED else 'preflight'}: {finding.reason}"
 
 
 def figures(measured: Mapping[str, Any]) -> str:

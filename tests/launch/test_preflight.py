@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,9 +17,10 @@ import pytest
 
 from prottrans_hpc import __version__, durable, errors
 from prottrans_hpc.errors import ConfigError
-from prottrans_hpc.launch import cli, exclusion, job_script, planner, preflight, preflight_notes, submission
+from prottrans_hpc.launch import cli, end, exclusion, job_script, planner, preflight, preflight_notes, submission
 from prottrans_hpc.launch.demand import Demand
 from prottrans_hpc.launch.job import Job as GangJob
+from prottrans_hpc.launch.own_job import Start
 from prottrans_hpc.launch.preflight import Ending
 from prottrans_hpc.launch.schedulers import SCHEDULERS
 from prottrans_hpc.machine import read_machine
@@ -143,6 +145,18 @@ def test_a_slow_node_is_proposed_for_exclusion_and_told_everywhere(runs_folder: 
     shown = capsys.readouterr().out
     assert "passed, " in shown and "gloo between 8 ranks on 4 nodes: 210 us, 1.2 GB/s (all-reduce)" in shown
     assert "node 2 (n3.site.org) is no longer slow\n" in shown
+
+
+def test_the_end_of_a_job_adds_what_the_starter_said_to_a_preflight_that_failed(runs_folder: RunsFolder) -> None:
+    directory = runs_folder.make("run", machine="slurm_cluster", nodes=2)
+    begun = {"time": "2026-01-01T00:00:00.000Z", "log_bytes": 0}
+    directory.job_log.parent.mkdir(exist_ok=True)
+    directory.job_log.write_text("srun: error: n2: task 1: Killed\n")
+    start = Start("lsf", "", "7", 0, "n1", 1, ("n1", "n2"))
+    for ending, expected in ((Ending(75), "preflight failed: .*; n2: task 1: Killed"), (Ending(0), "preflight: slow: [^;]*")):
+        finding = preflight.judge(ending, {**GOOD, "slow_nodes": [SLOW]}, "", SETTINGS)
+        preflight_notes.write(directory, finding, {}, elapsed_s=1.0)
+        assert re.fullmatch(expected, end._cause(directory, start, finding.code, begun))
 
 
 def test_what_the_trainer_found_slow_is_not_cleared_by_a_preflight(tmp_path: Path, runs_folder: RunsFolder) -> None:
