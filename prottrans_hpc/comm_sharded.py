@@ -15,6 +15,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from datetime import timedelta
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -22,12 +23,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 from torch.utils import _pytree
 
 from .architecture import LossSum
-from .comm import check_same, parameter_digest
 from .comm_torch import TorchComm
 from .parallel_layout import ParallelLayout
 
@@ -88,6 +88,31 @@ class ShardedModel:
             assert isinstance(part, nn.Module)
             part.register_forward_pre_hook(gathered)  # behind FSDP's own
 
+    @contextlib.contextmanager
+    def noting_gradients(self, note: Callable[[str, Tensor], None]) -> Iterator[None]:
+        """In here, call `note` with the name of a parameter and this rank's own gradient of all of it (of a tensor group, of this rank's part),
+        before it is added to those of other ranks and cut."""
+        names = {part: f"{name}." if name else "" for name, part in self.module.named_modules()}
+        handles: dict[int, Any] = {}
+
+        def noted(name: str, parameter: Tensor) -> None:
+            if parameter.grad is not None:
+                note(name, parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad)
+
+        def gathered(unit: nn.Module, _arguments: Any) -> None:
+            for part in _own_modules(unit):
+                for leaf, parameter in part.named_parameters(recurse=False):
+                    if parameter.requires_grad and id(parameter) not in handles:
+                        hook: Any = partial(noted, names[part] + leaf)
+                        handles[id(parameter)] = parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call] # of torch
+
+        hooks = [part.register_forward_pre_hook(gathered) for part in self._units if isinstance(part, nn.Module)]  # behind FSDP's own
+        try:
+            yield
+        finally:
+            for handle in (*hooks, *handles.values()):
+                handle.remove()
+
     def around(self, forward: Callable[[], AbstractContextManager[Any]]) -> Callable[[], AbstractContextManager[Any]]:
         """`forward`, where the death of a peer is a RankLostError: a forward pass talks here too."""
 
@@ -107,11 +132,11 @@ class ShardedModel:
 
 
 def shard(comm: TorchComm, module: nn.Module, layout: ParallelLayout, split: Split) -> ShardedModel:
-    """Cut a module, whose weights are the same on every rank, as `layout` says; on a GPU, layer by layer on its way there.
+    """Cut a module as `layout` says. Of one on the meta device only this rank's pieces come to have memory, whose content is undefined;
+    another's weights must be the same on every rank.
 
-    `split` is empty without tensor groups. Raises NumericsError when the ranks do not have the same weights. Collective.
+    `split` is empty without tensor groups. Collective.
     """
-    check_same(comm, "the parameters", parameter_digest(module))
     if LossSum not in _pytree.SUPPORTED_NODES:  # through it FSDP finds the loss, whose gradient starts its work
         _pytree.register_dataclass(LossSum)
     with comm.watching("the start of a sharded model"):
@@ -119,7 +144,18 @@ def shard(comm: TorchComm, module: nn.Module, layout: ParallelLayout, split: Spl
         if layout.num_tensor > 1:
             _share(module, mesh["tensor"], split)
         root = _cut(module, mesh["replicate", "shard"] if layout.num_replicas > 1 else mesh["shard"], frees=layout.num_shards > 1)
+        module._apply(lambda tensor: _with_memory(tensor, comm.device))  # type: ignore[no-untyped-call] # of torch
     return ShardedModel(comm, root)
+
+
+@torch.no_grad()
+def _with_memory(tensor: Tensor, device: torch.device) -> Tensor:
+    if not tensor.is_meta:
+        return tensor
+    if not isinstance(tensor, DTensor):
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+    part = torch.empty(tensor.to_local().shape, dtype=tensor.dtype, device=device)
+    return DTensor.from_local(part, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride())
 
 
 def _share(module: nn.Module, mesh: DeviceMesh, split: Split) -> None:

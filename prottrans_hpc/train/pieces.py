@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
@@ -106,11 +106,6 @@ def cut_out(whole: Tensor, like: Tensor) -> Tensor:
     if not is_divided(like):
         return whole
     return whole[tuple(slice(begin, end) for begin, end in division_of(like).box_of(own_rank()))]
-
-
-def cut_all(wholes: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`cut_out` of every tensor that `like` has under the same name; others stay whole."""
-    return {name: cut_out(tensor, like[name]) if name in like else tensor for name, tensor in wholes.items()}
 
 
 def elsewhere(part: Tensor, like: Tensor) -> Tensor:

@@ -14,12 +14,13 @@ from ..corpus.lanes import own_lanes
 from ..corpus.order import SamplePosition, position_from_json
 from ..errors import CheckpointError, IdentityError
 from ..stage import find
-from . import ancestor, checkpoint, environment, pieces
+from . import ancestor, checkpoint, environment
 from .checkpoint import Checkpoint
 from .precision import put_weights
 from .saving import LaneTensors
 from .schedule import phase_of
 from .session import Progress, Session
+from .starting_weights import put_starting_weights
 
 _log = logging.getLogger(__name__)
 
@@ -140,9 +141,7 @@ def _apply(session: Session, found: Checkpoint) -> None:
 def _begin(session: Session) -> None:
     """The state before the first step; the starting weights are there already unless non-finite numbers led back here."""
     if session.progress.step:
-        fresh = find(session.record.build)(session.shape)  # drawn in fp32, whatever the weights are held in
-        fresh.initialise(session.run.recipe.seed)
-        put_weights(session.module, session.masters, pieces.cut_all(fresh.state_dict(), like=session.module.state_dict()))
+        _draw_again(session)
         forget_moments(session)
         if session.loss_scale:
             session.loss_scale.take(None)
@@ -151,6 +150,16 @@ def _begin(session: Session) -> None:
     session.progress = Progress(0, SamplePosition(), 0)
     if session.run.init is not None:
         ancestor.take_weights(session, session.run.init, agreement(session.comm), own=tensors_of(session))
+
+
+def _draw_again(session: Session) -> None:
+    seed = session.run.recipe.seed
+    if not session.layout.is_plain:
+        put_starting_weights(session.module, session.masters, session.record, session.shape, seed)
+        return
+    fresh = find(session.record.build)(session.shape)  # drawn in fp32, whatever the weights are held in
+    fresh.initialise(seed)
+    put_weights(session.module, session.masters, fresh.state_dict())
 
 
 def forget_moments(session: Session) -> None:

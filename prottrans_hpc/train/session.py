@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .. import architecture
 from ..architecture import Architecture
-from ..comm import Comm, ParallelModel
+from ..comm import Comm, ParallelModel, check_same
 from ..corpus.index import Index, read_index
 from ..corpus.order import SamplePosition
 from ..corpus.reader import Corpus
@@ -32,6 +32,7 @@ from .node_timings import NodeTimings
 from .optim import Optimizer, SumOverRanks, build_optimizer
 from .records import Records
 from .saving import Saver
+from .starting_weights import build_without_memory, put_starting_weights
 from .stragglers import Stragglers
 from .timing import StepTiming
 
@@ -130,11 +131,10 @@ def open_session(run: Run, run_dir: RunDir, comm: Comm, *, index: Index, start_i
     recipe = run.recipe
     record = architecture.get(recipe.architecture.name)
     shape = record.size(recipe.architecture.size).shape
-    module = find(record.build)(shape)
-    module.initialise(recipe.seed)
     layout = layout_on(recipe.parallel, run.machine, comm.world_size)
-    # What is cut goes to the device layer by layer: as a whole it may have no room there.
-    module = (module.to(comm.device) if layout.is_plain else module).train()
+    # What is cut never has memory as a whole: it may have no room.
+    module = _whole(record, shape, recipe, comm) if layout.is_plain else build_without_memory(record, shape)
+    module.train()
     module.recompute_every = recipe.memory.recompute_every
     forward = precision.forward_context(recipe.precision, comm.device)
     masters = precision.lower_weights(module, recipe.precision)
@@ -147,6 +147,7 @@ def open_session(run: Run, run_dir: RunDir, comm: Comm, *, index: Index, start_i
         forward = around(forward, recipe.memory, module.parameters())
     else:
         model = _sharded(comm, module, layout, record)
+        check_same(comm, "the parameters", put_starting_weights(module, masters, record, shape, recipe.seed))
         forward = model.around(around(forward, recipe.memory, _weights(model, recipe)))
     return Session(
         run=run,
@@ -169,6 +170,13 @@ def open_session(run: Run, run_dir: RunDir, comm: Comm, *, index: Index, start_i
         peak_flops=_peak_flops(run, comm),
         timing=timing,
     )
+
+
+def _whole(record: Architecture, shape: Any, recipe: Recipe, comm: Comm) -> Any:
+    """The modules with the starting weights, on the device."""
+    module = find(record.build)(shape)
+    module.initialise(recipe.seed)
+    return module.to(comm.device)
 
 
 def _sharded(comm: Comm, module: nn.Module, layout: ParallelLayout, record: Architecture) -> ShardedModel:

@@ -259,7 +259,7 @@ def begin_again(folder: Path, layout: str, comm: Any) -> None:
     for chosen in OPTIMIZERS.values():
         optimizer = optim.build_optimizer(net.named_parameters(), chosen, comm.all_reduce_sum)
         fill(net, optimizer, 5)
-        precision.put_weights(net, {}, pieces.cut_all(fresh.state_dict(), like=net.state_dict()))
+        precision.put_weights(net, {}, {name: pieces.cut_out(fresh.state_dict()[name], like) for name, like in net.state_dict().items()})
         resume.forget_moments(SimpleNamespace(optimizer=optimizer))
         assert all(torch.equal(tensor, fresh.state_dict()[name]) for name, tensor in whole(dict(net.state_dict())).items())
         assert not any(tensor.any() for tensor in whole(dict(optimizer.state_dict())).values())
@@ -268,17 +268,22 @@ def begin_again(folder: Path, layout: str, comm: Any) -> None:
 @contextlib.contextmanager
 def noting_reads(opened: list[str]) -> Iterator[None]:
     """Put the names of the tensor files that are read in here into `opened`."""
-    real = tensor_file.read
+    real = {name: getattr(tensor_file, name) for name in ("read", "read_each")}
 
-    def read(path: Path, *, sha256: str) -> dict[str, Tensor]:
-        opened.append(path.name)
-        return real(path, sha256=sha256)
+    def noting(name: str) -> Callable[..., Any]:
+        def read(path: Path, *, sha256: str) -> Any:
+            opened.append(path.name)
+            return real[name](path, sha256=sha256)
 
-    tensor_file.read = read
+        return read
+
+    for name in real:
+        setattr(tensor_file, name, noting(name))
     try:
         yield
     finally:
-        tensor_file.read = real
+        for name, function in real.items():
+            setattr(tensor_file, name, function)
 
 
 SCENARIOS: dict[str, Callable[[Path, str, Any], None]] = {

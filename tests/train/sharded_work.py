@@ -28,7 +28,7 @@ from prottrans_hpc.parallel_layout import ParallelLayout
 from prottrans_hpc.recipe import read_recipe
 from prottrans_hpc.recipe_parallel import Parallel
 from prottrans_hpc.stage import find
-from prottrans_hpc.train import precision, session
+from prottrans_hpc.train import precision, session, starting_weights
 from prottrans_hpc.train.lane_loader import load_lane_steps
 from prottrans_hpc.train.lane_memory import LaneMemory
 from prottrans_hpc.train.loader import Share, load_steps
@@ -47,10 +47,17 @@ class Case:
         self.shape = replace(self.record.size(self.recipe.architecture.size).shape, **case.get("shape", {}))
         self.layout, self.corpus = ParallelLayout(*case["layout"]), corpus
 
-    def module(self) -> torch.nn.Module:
-        """With the starting weights of every rank."""
+    def whole(self) -> torch.nn.Module:
+        """With the starting weights."""
         module = find(self.record.build)(self.shape)
         module.initialise(self.recipe.seed)
+        return self._set(module)
+
+    def without_memory(self) -> torch.nn.Module:
+        """What is going to be cut."""
+        return self._set(starting_weights.build_without_memory(self.record, self.shape))
+
+    def _set(self, module: torch.nn.Module) -> torch.nn.Module:
         module.recompute_every = self.recipe.memory.recompute_every
         return module.train()
 
@@ -91,6 +98,11 @@ def whole_weights(module):
     """Brought together from all ranks; and what each has of them, as bits."""
     weights = {name: parameter.full_tensor().cpu() for name, parameter in module.named_parameters()}
     return weights, hashlib.sha256(b"".join(weight.numpy().tobytes() for weight in weights.values())).hexdigest()
+
+
+@torch.no_grad()
+def bits(weight):
+    return hashlib.sha256(weight.detach().cpu().numpy().tobytes()).hexdigest()
 
 
 @torch.no_grad()
@@ -139,8 +151,11 @@ class Forward:
 
 def run(case: Case, ranks, *, dies: bool) -> dict[str, Any]:
     context = precision.forward_context(case.recipe.precision, case.device)
-    module = case.module()
+    module = case.without_memory()
     model = comm_sharded.shard(ranks, module, case.layout, case.record.tensor_parallel.split if case.layout.num_tensor > 1 else {})
+    drawn = starting_weights.put_starting_weights(module, {}, case.record, case.shape, case.recipe.seed)
+    comm.check_same(ranks, "the starting weights", drawn)
+    start = {name: bits(weight) for name, weight in whole_weights(module)[0].items()}
     counts = case.layout.tensor_index(ranks.rank) == 0
     if dies and ranks.rank == ranks.world_size - 1:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -158,7 +173,10 @@ def run(case: Case, ranks, *, dies: bool) -> dict[str, Any]:
     weights, digest = whole_weights(module)
     report = {"losses": losses, "digest": digest, "held": sum(parameter.to_local().numel() for parameter in module.parameters())}
     if ranks.rank == 0:
-        alone = comm.SoloModel(case.module().to(case.device))
+        reference = case.whole()
+        report |= {"start": start, "expected_start": {name: bits(weight) for name, weight in reference.named_parameters()}}
+        report |= {"drawn": drawn.hex(), "expected_drawn": comm.parameter_digest(reference).hex()}
+        alone = comm.SoloModel(reference.to(case.device))
         report |= {"expected": case.train(alone, Share(0, 1), Forward(context), list), "furthest": furthest(weights, alone.module)}
     return report | seen | {"whole": sum(weight.numel() for weight in weights.values())}
 

@@ -123,6 +123,13 @@ def test_weights_that_were_brought_together_are_not_rounded(num_ranks: int, name
         assert rounded["digest"] != plain["digest"]
 
 
+@pytest.mark.parametrize(("num_ranks", "name"), [(num_ranks, case["name"]) for num_ranks, cases in CASES.items() for case in cases])
+def test_a_cut_model_starts_with_the_bits_of_a_whole_one(num_ranks: int, name: str, trained: Trained) -> None:
+    report = trained(num_ranks)[0][name]
+    assert report["start"] == report["expected_start"] and len(set(report["start"].values())) > 3
+    assert report["drawn"] == report["expected_drawn"], "what ranks compare is what whole models compare"
+
+
 def test_a_rank_holds_its_part_only(trained: Trained) -> None:
     for report in trained(4):
         assert report["tiny_prot_bert full"]["held"] == pytest.approx(report["tiny_prot_bert full"]["whole"] / 4, rel=0.01)
