@@ -7,11 +7,9 @@ with three or more ranks. Here the buckets are laid out once, by the list of par
 
 from __future__ import annotations
 
-import contextlib
 import os
 import time
-from collections.abc import Iterator
-from functools import partial
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from torch import Tensor, nn
 
 from . import comm_horovod_groups, comm_reduction
 from .comm import Json, ParallelModel, check_same, decode, encode, parameter_digest
+from .comm_buckets import Bucket, Buckets
 from .errors import ConfigError, RankLostError, ResourceError, missing_package
 from .rank import RankContext
 from .recipe_parallel import Parallel
@@ -149,57 +148,20 @@ class HorovodComm:
             self._hvd.shutdown()
 
 
-class Bucket:
-    """Gradients that lie side by side in one buffer and are summed together."""
-
-    def __init__(self, name: str, parameters: list[Tensor]) -> None:
-        self.name = name
-        self.parameters = parameters
-        self.buffer = torch.zeros(sum(p.numel() for p in parameters), dtype=parameters[0].dtype, device=parameters[0].device)
-        pieces = torch.split(self.buffer, [p.numel() for p in parameters])
-        self.views = [piece.view_as(p) for piece, p in zip(pieces, parameters, strict=True)]
-        self.num_ready = 0
-        self.handle: int | None = None
-        self.adopt()
-
-    @property
-    def is_full(self) -> bool:
-        """Whether all of its gradients are complete."""
-        return self.num_ready == len(self.parameters)
-
-    def adopt(self) -> None:
-        """Make every `.grad` a view of the buffer; a gradient that lies elsewhere is copied in."""
-        for parameter, view in zip(self.parameters, self.views, strict=True):
-            if parameter.grad is None:
-                view.zero_()
-            elif parameter.grad.data_ptr() != view.data_ptr():
-                view.copy_(parameter.grad)
-            parameter.grad = view
-
-
 class HorovodModel:
     """Sums each bucket as soon as the last backward pass of a step has filled it, and those before it are under way."""
 
     def __init__(self, comm: HorovodComm, module: nn.Module, bucket_mib: int, reduction: comm_reduction.Reduction | None) -> None:
         self._comm = comm
         self.module = module
-        self._accumulates_only = False
         self._reduction = reduction
         self._pipeline = comm_reduction.Pipeline()  # Horovod's waiting is the host's, on GPUs too
-        self._buckets = plan_buckets([p for p in module.parameters() if p.requires_grad], bucket_mib << 20)
-        self._num_sent = 0
-        for bucket in self._buckets:
-            for parameter in bucket.parameters:
-                parameter.register_post_accumulate_grad_hook(partial(self._on_gradient, bucket))  # type: ignore[no-untyped-call]
+        self._handles: list[int] = []
+        self._buckets = Buckets(plan_buckets([p for p in module.parameters() if p.requires_grad], bucket_mib << 20), self._start_sum)
 
-    @contextlib.contextmanager
-    def no_sync(self) -> Iterator[None]:
+    def no_sync(self) -> AbstractContextManager[None]:
         """Forward and backward in here only add to this rank's gradients."""
-        before, self._accumulates_only = self._accumulates_only, True
-        try:
-            yield
-        finally:
-            self._accumulates_only = before
+        return self._buckets.no_sync()
 
     def backward(self, loss: Tensor) -> None:
         """`loss.backward()`; outside `no_sync` full buckets are on their way when it returns."""
@@ -207,14 +169,11 @@ class HorovodModel:
 
     def finish_gradients(self) -> None:
         """Send what no gradient completed, then wait for all buckets."""
-        for bucket in self._buckets[self._num_sent :]:
-            self._send(bucket)
+        self._buckets.start_rest()
         self._pipeline.finish()
-        for bucket in self._buckets:
-            if bucket.handle is not None:
-                self._comm.wait(bucket.handle, "the reduction of the gradients")
-            bucket.handle, bucket.num_ready = None, 0
-        self._num_sent = 0
+        for handle in self._handles:
+            self._comm.wait(handle, "the reduction of the gradients")
+        self._handles.clear()
 
     def forget(self) -> None:
         """Drop what compression remembers."""
@@ -222,29 +181,17 @@ class HorovodModel:
             self._reduction.forget()
 
     def zero_gradients(self) -> None:
-        """One sweep over the buffers."""
-        for bucket in self._buckets:
-            bucket.buffer.zero_()
-            bucket.adopt()
+        """In place: the gradients are views of the buckets."""
+        self._buckets.zero()
 
-    def _on_gradient(self, bucket: Bucket, parameter: Tensor) -> None:
-        if self._accumulates_only:
-            return
-        bucket.num_ready += 1
-        while self._num_sent < len(self._buckets) and self._buckets[self._num_sent].is_full:
-            self._send(self._buckets[self._num_sent])
-
-    def _send(self, bucket: Bucket) -> None:
-        """In the order of the buckets: a pipeline takes the same order on all ranks."""
-        bucket.adopt()
+    def _start_sum(self, index: int, bucket: Bucket) -> None:
         if self._reduction is None:
-            bucket.handle = self._comm.start_sum(bucket.buffer, bucket.name)
+            self._handles.append(self._comm.start_sum(bucket.buffer, f"gradients.{index}"))
         else:
-            self._pipeline.start(self._reduction.steps(self._num_sent, bucket.buffer, bucket.views))
-        self._num_sent += 1
+            self._pipeline.start(self._reduction.steps(index, bucket.buffer, bucket.views))
 
 
-def plan_buckets(parameters: list[Tensor], bucket_bytes: int) -> list[Bucket]:
+def plan_buckets(parameters: list[Tensor], bucket_bytes: int) -> list[list[Tensor]]:
     """Parameters from the last to the first, about the order in which a backward pass completes their gradients."""
     groups: list[list[Tensor]] = []
     size = 0
@@ -254,4 +201,4 @@ def plan_buckets(parameters: list[Tensor], bucket_bytes: int) -> list[Bucket]:
             size = 0
         groups[-1].append(parameter)
         size += parameter.nbytes
-    return [Bucket(f"gradients.{index}", group) for index, group in enumerate(groups)]
+    return groups

@@ -14,7 +14,7 @@ class Parallel:
     """How ranks talk."""
 
     comm: Literal["torch", "horovod"] = "torch"
-    """torch.distributed (DDP over gloo or nccl) or Horovod; one rank needs neither."""
+    """torch.distributed (gloo or nccl) or Horovod; one rank needs neither."""
     bucket_mib: Count = 25
     """Size of a gradient bucket, MiB."""
     timeout_s: Count = 600

@@ -40,6 +40,7 @@ COMM_MODULES = {
     "whereabouts",
     "comm_sharded",
     "comm_reduction",
+    "comm_buckets",
     "comm_compression",
     "comm_lost",
     "comm_torch_groups",
