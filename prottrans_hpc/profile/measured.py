@@ -37,10 +37,15 @@ class Model:
     fitted: Fitted
 
     def work_at(self, nodes: int) -> Work:
-        """A node's own work: that of the largest size; in a strong study its passes shrink with what a node has to do."""
+        """A node's own work: that of the largest size; in a strong study its passes shrink with what a node has to do.
+
+        On a computer whose cores all "nodes" share, ranks take turns, and all of it grows with them.
+        """
         largest = self.sizes[-1]
-        share = largest.nodes / nodes if self.study.mode == "strong" else 1.0
-        return replace(largest.work, forward_s=share * largest.work.forward_s, backward_s=share * largest.work.backward_s)
+        turns = self.study.turns(nodes) / self.study.turns(largest.nodes)
+        share = turns * (largest.nodes / nodes if self.study.mode == "strong" else 1.0)
+        own = largest.work
+        return replace(own, forward_s=share * own.forward_s, backward_s=share * own.backward_s, other_s=turns * own.other_s)
 
     def step_s(self, nodes: int) -> float:
         """Predicted; one node as it was measured."""
@@ -195,6 +200,8 @@ def _fit_facts(model: Model) -> dict[str, Any]:
 
 def _assumptions(study: Scaling, sizes: Sequence[Size], known: AllReduce | None) -> list[str]:
     work = "shrinks as the nodes' share of the batch" if study.mode == "strong" else f"stays that of {sizes[-1].nodes} nodes"
+    if study.hardware.get("shared_cores"):
+        work += ", times the ranks for each of the cores that all nodes share"
     return [
         f"a node's own work {work}; node times vary independently, none is always slow",
         _sending_text(study),
@@ -219,7 +226,12 @@ def _warnings(model: Model) -> list[str]:
     first, last = model.sizes[0].work, model.sizes[-1].work
     found = []
     drift = last.local_s / first.local_s - 1.0
-    if model.study.mode == "weak" and not model.study.sharing.is_cut and abs(drift) > _DRIFT:
+    if cores := model.study.hardware.get("shared_cores"):
+        found.append(
+            f"all nodes shared the {cores} cores of one computer: projected are more nodes on the same cores, where ranks take turns, not a machine "
+            "whose nodes have their own"
+        )
+    elif model.study.mode == "weak" and not model.study.sharing.is_cut and abs(drift) > _DRIFT:
         why = "they share something (cores, memory, disk)" if drift > 0 else "something else used the machine, or the sizes had other batches"
         found.append(
             f"a node's own work took {100 * abs(drift):.0f} % {'longer' if drift > 0 else 'less'} on {model.sizes[-1].nodes} nodes than on one: {why}, "

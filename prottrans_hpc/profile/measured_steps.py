@@ -55,8 +55,8 @@ def sizes_of(study: Scaling, draw: Draw) -> list[Size]:
 
 
 def _beside_one_node(size: Size, one: Size, study: Scaling) -> Size:
-    """A cut model's own passes are those of one node, or in a strong study a node's share of them."""
-    share = one.nodes / size.nodes if study.mode == "strong" else 1.0
+    """A cut model's own passes are those of one node, or in a strong study a node's share of them; longer where ranks take turns on the same cores."""
+    share = (one.nodes / size.nodes if study.mode == "strong" else 1.0) * study.turns(size.nodes) / study.turns(one.nodes)
     work = replace(size.work, forward_s=share * one.work.forward_s, backward_s=share * one.work.backward_s)
     longer_s = size.work.forward_s + size.work.backward_s - work.forward_s - work.backward_s
     return replace(size, work=work, exposed_comm_s=max(0.0, longer_s + size.exposed_comm_s))

@@ -125,6 +125,11 @@ class Scaling:
         """The measured sizes, ascending."""
         return tuple(sorted({point.nodes for point in self.points}))
 
+    def turns(self, nodes: int) -> float:
+        """Ranks of so many nodes for each core that they share, where all nodes are one computer; 1 where every rank has cores of its own."""
+        cores = self.hardware.get("shared_cores")
+        return max(1.0, nodes * self.ranks_per_node / cores) if cores else 1.0
+
     def at(self, nodes: int) -> tuple[Point, ...]:
         """The repetitions at one size."""
         return tuple(point for point in self.points if point.nodes == nodes)

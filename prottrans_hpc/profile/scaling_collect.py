@@ -77,7 +77,12 @@ def _hardware(environment: Record, num_ranks: int, *, is_local: bool) -> dict[st
     hardware = {key: environment[key] for key in ("devices", "cpu", "operating_system", "cuda", "starter") if environment.get(key) is not None}
     cores = environment["cpu"]["usable_cores"]
     shares = is_local and num_ranks > cores and environment.get("cuda") is None
-    return hardware | ({"note": f"{num_ranks} ranks shared {cores} cores of one computer: the overhead holds that"} if shares else {})
+    return hardware | (shared(num_ranks, cores) if shares else {})
+
+
+def shared(num_ranks: int, cores: int) -> dict[str, Any]:
+    """What the hardware of a study says where its "nodes" are one computer with fewer cores than ranks."""
+    return {"note": f"{num_ranks} ranks shared {cores} cores of one computer: the overhead holds that", "shared_cores": cores}
 
 
 def _peak_tflops(run: Run) -> float | None:

@@ -17,6 +17,7 @@ from prottrans_hpc.profile.collectives import Fabric, Wire, ring
 from prottrans_hpc.profile.cost_model import MIB, Manner, Work, reduction
 from prottrans_hpc.profile.known_links import AllReduce, read_all_reduce
 from prottrans_hpc.profile.scaling import Ledger, NodeShare, Point, Scaling, Sharing
+from prottrans_hpc.profile.scaling_collect import shared
 from prottrans_hpc.profile.sharded_cost import Cut
 
 PLAIN = Sharing()
@@ -174,6 +175,25 @@ def test_reductions_within_nodes_first_are_projected_as_such():
     several = replace(study(WORLD), ranks_per_node=4, sharing=Sharing(reduction="hierarchical"))
     assert measured.manner_of(several)[1] == ("hierarchical",)
     assert measured.manner_of(replace(several, sharing=Sharing(compression="bf16")))[1] == ("hierarchical",)
+
+
+@pytest.mark.parametrize("says", [PLAIN, FULL], ids=["whole", "cut"])
+def test_on_a_small_machine_whose_nodes_share_cores_ranks_take_turns(says):
+    """Two cores: on four nodes everything takes twice as long, on eight four times. The size left out is found, and what is projected is said."""
+    alone = {nodes: replace(WORLD, says=says, jitter_s=1e-5, work=_times(WORLD.work, max(1.0, nodes / 2))) for nodes in (1, 2, 4, 8)}
+    points = tuple(point for nodes, world in alone.items() for point in study(world, (nodes,)).points)
+    made = replace(study(WORLD), points=points, sharing=says)
+    here = replace(made, hardware=shared(8, 2))
+    sharing, unknowing = (measured.project(one, [16], with_changes=False) for one in (here, made))
+    assert abs(sharing["hold_out"]["error"]) < 0.1 < abs(unknowing["hold_out"]["error"])
+    assert any("shared the 2 cores of one computer" in line for line in sharing["warnings"])
+    assert "times the ranks for each of the cores that all nodes share" in sharing["assumptions"][0]
+    assert sharing["points"][0]["local_s"] == pytest.approx(8 * WORLD.work.local_s, rel=0.02)
+    assert made.turns(8) == here.turns(2) == 1.0
+
+
+def _times(work: Work, factor: float) -> Work:
+    return Work(factor * work.forward_s, factor * work.backward_s, factor * work.other_s, work.gradient_bytes)
 
 
 def test_tensor_groups_that_reach_over_nodes_are_refused_with_another_way():
