@@ -188,7 +188,12 @@ def _own_modules(unit: nn.Module) -> Iterator[nn.Module]:
 
 def _cut(module: nn.Module, mesh: DeviceMesh, *, frees: bool) -> FSDPModule:
     """Every layer of a list of layers is brought together by itself, what is left with the root: a layer that is applied
-    again and again (ALBERT's) stands in no list, and would be brought together as often."""
+    again and again (ALBERT's) stands in no list, and would be brought together as often. Units are of one type: norms that stay
+    fp32 among half weights (APEX's O2) are units of their own, a few kilobytes that stay together until the backward pass is done."""
+    if len({parameter.dtype for parameter in module.parameters() if parameter.requires_grad}) > 1:
+        for part in list(module.modules()):
+            if any(parameter.dtype == torch.float32 and parameter.requires_grad for parameter in part.parameters(recurse=False)):
+                fully_shard(part, mesh=mesh, reshard_after_forward=False)
     for layers in module.modules():
         if isinstance(layers, nn.ModuleList):
             for layer in (layer for layer in layers if not isinstance(layer, nn.ModuleList)):

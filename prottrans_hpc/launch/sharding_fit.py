@@ -9,7 +9,6 @@ from ..architecture import Architecture
 from ..errors import ConfigError
 from ..machine import Machine
 from ..parallel_layout import ParallelLayout, layout_on
-from ..precision_levels import LEVELS
 from ..recipe import Recipe
 
 
@@ -18,17 +17,7 @@ def check_sharding(recipe: Recipe, machine: Machine, chosen: Architecture, shape
     layout = layout_on(recipe.parallel, machine, num_ranks)
     if layout.num_tensor > 1:
         _check_products(chosen, shape, layout.num_tensor)
-    if not layout.is_plain:
-        _check_company(recipe)
     return layout
-
-
-def _check_company(recipe: Recipe) -> None:
-    """Raises ConfigError for what works on whole weights only."""
-    cut = "where parallel.sharding or parallel.tensor_ranks cut the weights"
-    if LEVELS[recipe.precision].weights != "fp32":
-        possible = ", ".join(name for name, level in LEVELS.items() if level.weights == "fp32")
-        raise ConfigError(f"precision {recipe.precision!r} holds half weights beside fp32 masters: {cut}, take one of {possible}")
 
 
 def layout_text(layout: ParallelLayout) -> str:

@@ -138,8 +138,6 @@ def open_session(run: Run, run_dir: RunDir, comm: Comm, *, index: Index, start_i
     module.recompute_every = recipe.memory.recompute_every
     forward = precision.forward_context(recipe.precision, comm.device)
     masters = precision.lower_weights(module, recipe.precision)
-    if host_optimizer.moves(recipe, comm.device):
-        masters = host_optimizer.on_host(masters)
     timing = StepTiming(comm.device)
     model: ParallelModel
     if layout.is_plain:
@@ -147,8 +145,11 @@ def open_session(run: Run, run_dir: RunDir, comm: Comm, *, index: Index, start_i
         forward = around(forward, recipe.memory, module.parameters())
     else:
         model = _sharded(comm, module, layout, record)
+        masters = precision.cut_masters(masters, module)
         check_same(comm, "the parameters", put_starting_weights(module, masters, record, shape, recipe.seed))
         forward = model.around(around(forward, recipe.memory, _weights(model, recipe)))
+    if host_optimizer.moves(recipe, comm.device):
+        masters = host_optimizer.on_host(masters)
     return Session(
         run=run,
         run_dir=run_dir,
@@ -201,7 +202,7 @@ def _optimizer(module: nn.Module, masters: dict[str, Tensor], chosen: Recipe, su
     if LEVELS[chosen.precision].weights == "fp32":
         return build_optimizer(module.named_parameters(), chosen.optimizer, sum_over_ranks)
     trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
-    return precision.HalfWeights(trained, masters, lambda parameters: build_optimizer(parameters.items(), chosen.optimizer))
+    return precision.HalfWeights(trained, masters, lambda parameters: build_optimizer(parameters.items(), chosen.optimizer, sum_over_ranks))
 
 
 def _held_out(run: Run, corpus: Corpus) -> Corpus | None:
