@@ -160,7 +160,7 @@ def test_a_long_validation_is_no_hang(tmp_path, make_run, start_ranks, history) 
 
 
 def test_a_rank_that_is_alone_and_stands_still_is_ended_with_75_and_the_next_start_goes_on(tmp_path, make_run, start_ranks, history, prottrans) -> None:
-    settings = ("validation.every_steps=0", "checkpoint.every_steps=2", "parallel.timeout_s=20", "health.hang_fraction=0.3")
+    settings = ("validation.every_steps=0", "checkpoint.every_steps=2", "parallel.timeout_s=12", "health.hang_fraction=0.3")
     folder = make_run(tmp_path / "run", *settings, num_ranks=1, stop_after_step=6)
     start_ranks(folder, 1, main=STUCK, env={"STUCK": json.dumps({"rank": 0, "step": 4, "seconds": 600})}).end(75)
     hang, stop = [event for event in history(folder) if event["event"] in ("hang", "stop")]
