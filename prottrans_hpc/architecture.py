@@ -195,6 +195,8 @@ class Architecture:
     layer_bytes: Callable[[Any, Sequence[int], str, Any], tuple[Sequence[int], Sequence[int]]] | None = None
     """`(shape, tokens of each sequence, precision, objective)` -> of what `activation_bytes` counts, what each layer keeps, and what its
     backward pass needs for a moment; the published objective where that is None. None where all layers of a stack are alike."""
+    wide_residuals: bool = False
+    """Whether hidden states between layers are fp32 in every precision, with half weights too."""
     tensor_parallel: TensorParallel | None = None
     """None where every rank computes whole products only."""
 
