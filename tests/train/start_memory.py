@@ -5,6 +5,7 @@ Peaks are the kernel's (VmHWM), over what the process had just before; "whole" i
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 from collections.abc import Callable
@@ -34,7 +35,6 @@ def memory(folder: Path, layout: str, ranks: Any) -> None:
         path = checkpoint.RunDir(folder / layout).checkpoint(0)
         checkpoint.write_model_checkpoint(path, record=RECORD, shape=LARGE, weights=whole.state_dict(), origin={})
         del whole
-        gc.collect()
     ranks.barrier()
     report["start"], module = rise(lambda: start(ranks, LARGE, layout))
     report["pieces"] = sum(pieces.local(parameter).nbytes for parameter in module.parameters())
@@ -59,6 +59,8 @@ def build_whole() -> Any:
 
 def rise(work: Callable[[], Any]) -> tuple[int, Any]:
     """How far the peak of `work` is above what was there before it."""
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what is free is given back, so that it is seen when it is taken again
     Path("/proc/self/clear_refs").write_text("5")  # the peak is now what there is
     before = _status("VmHWM")
     result = work()

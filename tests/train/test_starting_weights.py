@@ -95,9 +95,9 @@ def test_a_rank_has_memory_for_its_pieces_only(tmp_path: Path) -> None:
     environment = os.environ | {"PYTHONPATH": str(HERE.parents[1]), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    first, *others = [json.loads((tmp_path / f"fsdp2xtp2-{rank}.json").read_text()) for rank in range(4)]
-    assert first["whole"] > 0.9 * first["parameters"], "a whole model can be seen"
-    for report in others:  # the first has memory left of the whole model
+    reports = [json.loads((tmp_path / f"fsdp2xtp2-{rank}.json").read_text()) for rank in range(4)]
+    assert reports[0]["whole"] > 0.9 * reports[0]["parameters"], "a whole model can be seen"
+    for report in reports:
         assert report["pieces"] < 0.3 * report["parameters"]
-        assert report["start"] < 0.7 * report["parameters"], "from whole weights it is more than 1.25"
+        assert report["start"] < 0.7 * report["parameters"], "from whole weights it is 1.0"
         assert report["read"] < 0.5 * report["parameters"], "of a file of whole tensors"
