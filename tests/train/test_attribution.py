@@ -73,7 +73,7 @@ LAYOUTS = {
 
 @pytest.mark.parametrize(
     ("case", "layout"),
-    [*((case, "whole") for case in CASES), ("parameter", "full"), ("loss_once", "full"), ("parameter", "both")],
+    [*((case, "whole") for case in CASES), ("parameter", "full"), ("parameter", "both")],
 )
 def test_a_poisoned_step_is_traced(tmp_path, make_run, start_ranks, history, prottrans, case, layout) -> None:
     (poison, expected), (num_ranks, settings) = CASES[case], LAYOUTS[layout]
