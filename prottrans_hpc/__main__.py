@@ -19,7 +19,7 @@ from typing import NoReturn
 from . import errors, rank, terminal
 from .stage import run_stage
 
-_STAGES = ("pretrain", "comm")
+_STAGES = ("pretrain", "preflight", "comm")
 """What the ranks of a gang run."""
 _USAGE = f"usage: python -m prottrans_hpc {'|'.join(_STAGES)} RUN_DIR [--quiet | --verbose]"
 _VERBOSITY = {"--quiet": terminal.QUIET, "--verbose": terminal.VERBOSE}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.metadata
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -143,12 +144,18 @@ class Size:
 class TensorParallel:
     """How the ranks of a tensor group share an architecture's matrix products."""
 
-    split: Mapping[str, Literal["column", "row"]]
+    split: Mapping[str, Literal["column", "row"] | int]
     """By the last part of a module's name, for a Linear or Embedding: "column", each rank computes some of the output features
-    (of an Embedding: has some columns), or "row", it takes some of the input features and the results are added up. All other
+    (of an Embedding: has some columns), or "row", it takes some of the input features and the results are added up. By the last two
+    parts of a parameter's name, the dimension that is cut, where modules multiply by it themselves (`models.tensor_group`). All other
     parameters are whole on every rank. A module's forward must take the number of heads from what it is given, not from the shape."""
     divides: Callable[[Any], Mapping[str, int]]
     """`(shape)` -> the numbers that `parallel.tensor_ranks` has to divide, by what they are called in the shape."""
+
+    def degrees(self, shape: Any) -> list[int]:
+        """Every size that a tensor group can have, ascending."""
+        common = math.gcd(*self.divides(shape).values())
+        return [size for size in range(1, common + 1) if common % size == 0]
 
 
 @dataclass(frozen=True)
@@ -188,6 +195,8 @@ class Architecture:
     layer_bytes: Callable[[Any, Sequence[int], str, Any], tuple[Sequence[int], Sequence[int]]] | None = None
     """`(shape, tokens of each sequence, precision, objective)` -> of what `activation_bytes` counts, what each layer keeps, and what its
     backward pass needs for a moment; the published objective where that is None. None where all layers of a stack are alike."""
+    wide_residuals: bool = False
+    """Whether hidden states between layers are fp32 in every precision, with half weights too."""
     tensor_parallel: TensorParallel | None = None
     """None where every rank computes whole products only."""
 

@@ -52,6 +52,9 @@ class ParallelModel(Protocol):
     def zero_gradients(self) -> None:
         """Set all gradients to zero and keep their memory, which the back end may share with its buckets."""
 
+    def forget(self) -> None:
+        """Drop what earlier steps have left for later ones (compression may leave something), so that the next is as the first of a start."""
+
 
 class Comm(Protocol):
     """The ranks of a gang. Every rank calls the same methods in the same order."""
@@ -112,6 +115,9 @@ class SoloModel:
     def zero_gradients(self) -> None:
         """Forget the gradients; the next backward pass makes them afresh."""
         self.module.zero_grad(set_to_none=True)
+
+    def forget(self) -> None:
+        """Nothing is left from step to step."""
 
 
 class Solo:

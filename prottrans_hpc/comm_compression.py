@@ -5,7 +5,7 @@ parts up in fp32, rounds once more and hands its sum to all. A gradient is round
 and as many bytes travel as in a ring that would round at every hop. Where nodes have several ranks, the sum within a node is taken
 first, in fp32, as by reduction = "hierarchical", and only what crosses between the nodes is halved: each rank would send to
 all ranks of the other nodes otherwise, more than a ring does. fp16 is scaled by a power of two, the same on all ranks, so that
-the largest gradient of a bucket fits.
+the largest gradient of a bucket fits. Nothing is added up by the back end but fp32, so a back end that knows no bf16 can carry it.
 """
 
 from __future__ import annotations
@@ -15,10 +15,9 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from .comm_reduction import Hold, NodeGroups, Plain, Reduction, Steps, Sum, flat, hierarchical, pad, started
+from .comm_reduction import Group, NodeGroups, Plain, Reduction, Steps, Sum, flat, hierarchical, pad
 from .recipe_parallel import Parallel
 
 _LARGEST_EXPONENT = 15
@@ -27,33 +26,33 @@ _SMALLEST_EXPONENT = -100
 """Of what is scaled up; below it fp32 itself could not hold the scale."""
 
 
-def narrow(tensor: Tensor, group: dist.ProcessGroup | None, hold: Hold, dtype: torch.dtype) -> Steps:
+def narrow(tensor: Tensor, group: Group, dtype: torch.dtype) -> Steps:
     """Sum in fp32 what travels as `dtype`. Infinite and undefined numbers arrive as such."""
-    size = dist.get_world_size(group)
+    size = group.size
     if tensor.element_size() <= dtype.itemsize or size == 1:
-        yield from flat(tensor, group, hold)
+        yield from flat(tensor, group)
         return
     exponent: Tensor | None = None
     if dtype == torch.float16:
         largest = tensor.abs().amax().reshape(1)
-        yield started(dist.all_reduce, hold, largest, op=dist.ReduceOp.MAX, group=group)
+        yield group.all_reduce_max(largest)
         exponent = _LARGEST_EXPONENT - torch.frexp(largest).exponent.clamp(min=_SMALLEST_EXPONENT)
     sent = pad(torch.ldexp(tensor, exponent) if exponent is not None else tensor, size).to(dtype)
     received = torch.empty_like(sent)
-    yield started(dist.all_to_all_single, hold, received, sent, group=group)
+    yield group.all_to_all(received, sent)
     part = received.view(size, -1).to(tensor.dtype).sum(dim=0)
     headroom = (size - 1).bit_length()  # the sum of n numbers below 2^15 fits after a division by 2^ceil(log2 n)
     rounded = (part * 2.0**-headroom if exponent is not None else part).to(dtype)
-    yield started(dist.all_gather_single, hold, sent, rounded, group=group)
+    yield group.all_gather(sent, rounded)
     summed = sent[: tensor.numel()].to(tensor.dtype)
     tensor.copy_(torch.ldexp(summed, headroom - exponent) if exponent is not None else summed)
 
 
-def total(groups: NodeGroups | None, hold: Hold, part: Callable[..., Steps] = flat) -> Sum:
+def total(world: Group, groups: NodeGroups | None, part: Callable[..., Steps] = flat) -> Sum:
     """The sum over all ranks; `part` sums what crosses between the nodes."""
     if groups is None:
-        return partial(part, group=None, hold=hold)
-    return partial(hierarchical, groups=groups, hold=hold, between=partial(part, group=groups.between, hold=hold))
+        return partial(part, group=world)
+    return partial(hierarchical, groups=groups, between=partial(part, group=groups.between))
 
 
 @dataclass
@@ -74,10 +73,12 @@ class LowRank:
 
     A gradient of n x m numbers travels as (n + m) x rank. It is torch's algorithm, but not its hook: that one divides by the
     world size and chains Python functions to the collectives, which `TorchComm.hold` forbids. What a rank's compression
-    leaves is added to its next gradient; it lives in this process only, so a resumed run begins with none.
+    leaves is added to its next gradient; it lives in this process only, so a run that takes up a checkpoint, in a new process or
+    in this one, begins with none.
     """
 
     rank: int
+    world_size: int
     sum: Sum
     _buckets: dict[int, _Bucket] = field(default_factory=dict)
 
@@ -103,20 +104,23 @@ class LowRank:
         factors = [piece.view(-1, self.rank) for piece in torch.split(second, [matrix.shape[1] * self.rank for matrix in matrices])]
         self._put(bucket, matrices, bases, factors)
 
+    def forget(self) -> None:
+        """Drop what was left out, and where the next columns would be looked for: both belong to the weights of these steps."""
+        self._buckets.clear()
+
     def _put(self, bucket: _Bucket, matrices: list[Tensor], bases: list[Tensor], factors: list[Tensor]) -> None:
         """The gradients from their factors, and what the next step has to know."""
-        world_size = dist.get_world_size()
         for place, (matrix, basis, factor) in enumerate(zip(matrices, bases, factors, strict=True)):
             approximation = basis @ factor.T
             # A step with infinite or undefined numbers is skipped, on all ranks, and must not be fed back into the next one.
             sound = approximation.isfinite().all()
-            error = matrix - approximation / world_size
+            error = matrix - approximation / self.world_size
             bucket.errors[place] = torch.where(sound, error, torch.zeros_like(error))
             bucket.second[place] = torch.where(sound, _orthogonal(factor), bucket.second[place])
             matrix.copy_(approximation)
 
     def _remember(self, index: int, gradients: Sequence[Tensor]) -> _Bucket:
-        places = [place for place, gradient in enumerate(gradients) if self._is_worth_it(gradient)]
+        places = [place for place, gradient in enumerate(gradients) if is_worth_it(gradient, self.rank)]
         shapes = [_as_matrix(gradients[place]).shape for place in places]
         drawn = [torch.randn(columns, self.rank, generator=torch.Generator().manual_seed(index * 10_000 + place)) for place, (_, columns) in enumerate(shapes)]
         like = gradients[0]
@@ -126,12 +130,13 @@ class LowRank:
             [torch.zeros(shape, dtype=like.dtype, device=like.device) for shape in shapes],
         )
 
-    def _is_worth_it(self, gradient: Tensor) -> bool:
-        """Whether its factors have less than half of its numbers, which is torch's condition too."""
-        if gradient.dim() < 2:
-            return False
-        rows, columns = _as_matrix(gradient).shape
-        return 2 * (rows + columns) * self.rank < rows * columns
+
+def is_worth_it(gradient: Tensor, rank: int) -> bool:
+    """Whether its factors have less than half of its numbers, which is torch's condition too."""
+    if gradient.dim() < 2:
+        return False
+    rows, columns = gradient.shape[0], gradient.numel() // gradient.shape[0]
+    return 2 * (rows + columns) * rank < rows * columns
 
 
 def _as_matrix(gradient: Tensor) -> Tensor:
@@ -143,12 +148,10 @@ def _orthogonal(matrix: Tensor) -> Tensor:
     return basis
 
 
-COMPRESSIONS: dict[str, Callable[[Parallel, NodeGroups | None, Hold], Reduction]] = {
-    "none": lambda parallel, groups, hold: Plain(total(groups, hold)),
-    "fp16": lambda parallel, groups, hold: Plain(total(groups, hold, partial(narrow, dtype=torch.float16))),
-    "bf16": lambda parallel, groups, hold: Plain(total(groups, hold, partial(narrow, dtype=torch.bfloat16))),
-    "powersgd": lambda parallel, groups, hold: LowRank(parallel.powersgd_rank, total(groups, hold)),
+COMPRESSIONS: dict[str, Callable[[Parallel, Group, NodeGroups | None], Reduction]] = {
+    "none": lambda parallel, world, groups: Plain(total(world, groups)),
+    "fp16": lambda parallel, world, groups: Plain(total(world, groups, partial(narrow, dtype=torch.float16))),
+    "bf16": lambda parallel, world, groups: Plain(total(world, groups, partial(narrow, dtype=torch.bfloat16))),
+    "powersgd": lambda parallel, world, groups: LowRank(parallel.powersgd_rank, world.size, total(world, groups)),
 }
 """parallel.compression -> what it makes of a bucket."""
-HALVED = ("fp16", "bf16")
-"""Those that sum within the nodes first, whatever the reduction is."""

@@ -7,18 +7,18 @@ with three or more ranks. Here the buckets are laid out once, by the list of par
 
 from __future__ import annotations
 
-import contextlib
 import os
 import time
-from collections.abc import Iterator
-from functools import partial
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from . import comm_horovod_groups, comm_reduction
 from .comm import Json, ParallelModel, check_same, decode, encode, parameter_digest
+from .comm_buckets import Bucket, Buckets
 from .errors import ConfigError, RankLostError, ResourceError, missing_package
 from .rank import RankContext
 from .recipe_parallel import Parallel
@@ -45,7 +45,8 @@ def open_horovod(parallel: Parallel, context: RankContext, *, run_dir: Path | No
         raise ResourceError("this Horovod was built without MPI: build it again with `make horovod`, or set parallel.comm = 'torch'")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    hvd.init()
+    # Process sets that can be added cost a round of talk in every cycle of Horovod's.
+    hvd.init(process_sets="dynamic" if comm_reduction.wants_nodes(parallel) and context.num_nodes > 1 else None)
     if (hvd.rank(), hvd.size()) != (context.rank, context.world_size):
         found = f"rank {hvd.rank()} of {hvd.size()}"
         hvd.shutdown()
@@ -53,7 +54,7 @@ def open_horovod(parallel: Parallel, context: RankContext, *, run_dir: Path | No
             f"the starter {context.starter!r} says that this is rank {context.rank} of {context.world_size}, MPI says {found}: "
             "parallel.comm = 'horovod' needs a machine whose starter is an MPI one, such as mpirun; or set parallel.comm = 'torch'"
         )
-    return HorovodComm(hvd, context, device, parallel.timeout_s)
+    return HorovodComm(hvd, context, device, parallel)
 
 
 class HorovodComm:
@@ -61,12 +62,15 @@ class HorovodComm:
 
     name = "horovod"
 
-    def __init__(self, hvd: Any, context: RankContext, device: torch.device, timeout_s: int) -> None:
+    def __init__(self, hvd: Any, context: RankContext, device: torch.device, settings: Parallel) -> None:
         self._hvd = hvd
         self.rank = context.rank
         self.world_size = context.world_size
         self.device = device
-        self.timeout_s = timeout_s
+        self.settings = settings
+        self.timeout_s = settings.timeout_s
+        self._place = [context.node_rank, context.local_rank]
+        self._node_groups: comm_reduction.NodeGroups | None = None
         self._is_broken = False
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
@@ -79,7 +83,7 @@ class HorovodComm:
         return int(self._hvd.allreduce_async_(buffer, op=self._hvd.Sum, name=name))
 
     def wait(self, handle: int, what: str) -> Tensor:
-        """What an operation gave; Horovod itself would wait for a silent peer for ever."""
+        """What an operation gave, of an exchange what was received; Horovod itself would wait for a silent peer for ever."""
         with inside(what):
             return self._outcome(handle, what)
 
@@ -90,10 +94,10 @@ class HorovodComm:
                 raise self._lost(what, "no answer")
             time.sleep(_POLL_S)
         try:
-            result: Tensor = self._hvd.synchronize(handle)
+            result: Tensor | tuple[Tensor, Tensor] = self._hvd.synchronize(handle)
         except RuntimeError as error:  # HorovodInternalError is one
             raise self._lost(what, str(error).strip().splitlines()[0]) from error
-        return result
+        return result[0] if isinstance(result, tuple) else result
 
     def _lost(self, what: str, reason: str) -> RankLostError:
         self._is_broken = True
@@ -125,7 +129,18 @@ class HorovodComm:
         for handle in handles:
             self.wait(handle, "the start of the model")
         check_same(self, "the parameters", parameter_digest(module))
-        return HorovodModel(self, module, bucket_mib)
+        return HorovodModel(self, module, bucket_mib, self._reduction())
+
+    def _reduction(self) -> comm_reduction.Reduction | None:
+        world = comm_horovod_groups.HorovodGroup(self, self._hvd, self._hvd.global_process_set, "all")
+        return comm_reduction.choose(self.settings, world, self._groups() if comm_reduction.wants_nodes(self.settings) else None)
+
+    def _groups(self) -> comm_reduction.NodeGroups | None:
+        """What a hierarchical reduction takes, made once; None where it gains nothing."""
+        if self._node_groups is None:
+            nodes = comm_reduction.node_members(self.all_gather_object(self._place))
+            self._node_groups = comm_horovod_groups.make_node_groups(self, self._hvd, nodes) if nodes else None
+        return self._node_groups
 
     def close(self) -> None:
         """Leave; after a lost rank Horovod's own shutdown would wait for it, so the process has to end without."""
@@ -133,49 +148,20 @@ class HorovodComm:
             self._hvd.shutdown()
 
 
-class Bucket:
-    """Gradients that lie side by side in one buffer and are summed together."""
-
-    def __init__(self, name: str, parameters: list[Tensor]) -> None:
-        self.name = name
-        self.parameters = parameters
-        self.buffer = torch.zeros(sum(p.numel() for p in parameters), dtype=parameters[0].dtype, device=parameters[0].device)
-        pieces = torch.split(self.buffer, [p.numel() for p in parameters])
-        self.views = [piece.view_as(p) for piece, p in zip(pieces, parameters, strict=True)]
-        self.num_ready = 0
-        self.handle: int | None = None
-        self.adopt()
-
-    def adopt(self) -> None:
-        """Make every `.grad` a view of the buffer; a gradient that lies elsewhere is copied in."""
-        for parameter, view in zip(self.parameters, self.views, strict=True):
-            if parameter.grad is None:
-                view.zero_()
-            elif parameter.grad.data_ptr() != view.data_ptr():
-                view.copy_(parameter.grad)
-            parameter.grad = view
-
-
 class HorovodModel:
-    """Sums each bucket as soon as the last backward pass of a step has filled it."""
+    """Sums each bucket as soon as the last backward pass of a step has filled it, and those before it are under way."""
 
-    def __init__(self, comm: HorovodComm, module: nn.Module, bucket_mib: int) -> None:
+    def __init__(self, comm: HorovodComm, module: nn.Module, bucket_mib: int, reduction: comm_reduction.Reduction | None) -> None:
         self._comm = comm
         self.module = module
-        self._accumulates_only = False
-        self._buckets = plan_buckets([p for p in module.parameters() if p.requires_grad], bucket_mib << 20)
-        for bucket in self._buckets:
-            for parameter in bucket.parameters:
-                parameter.register_post_accumulate_grad_hook(partial(self._on_gradient, bucket))  # type: ignore[no-untyped-call]
+        self._reduction = reduction
+        self._pipeline = comm_reduction.Pipeline()  # Horovod's waiting is the host's, on GPUs too
+        self._handles: list[int] = []
+        self._buckets = Buckets(plan_buckets([p for p in module.parameters() if p.requires_grad], bucket_mib << 20), self._start_sum)
 
-    @contextlib.contextmanager
-    def no_sync(self) -> Iterator[None]:
+    def no_sync(self) -> AbstractContextManager[None]:
         """Forward and backward in here only add to this rank's gradients."""
-        before, self._accumulates_only = self._accumulates_only, True
-        try:
-            yield
-        finally:
-            self._accumulates_only = before
+        return self._buckets.no_sync()
 
     def backward(self, loss: Tensor) -> None:
         """`loss.backward()`; outside `no_sync` full buckets are on their way when it returns."""
@@ -183,33 +169,29 @@ class HorovodModel:
 
     def finish_gradients(self) -> None:
         """Send what no gradient completed, then wait for all buckets."""
-        for bucket in self._buckets:
-            if bucket.handle is None:
-                self._send(bucket)
-        for bucket in self._buckets:
-            assert bucket.handle is not None
-            self._comm.wait(bucket.handle, "the reduction of the gradients")
-            bucket.handle, bucket.num_ready = None, 0
+        self._buckets.start_rest()
+        self._pipeline.finish()
+        for handle in self._handles:
+            self._comm.wait(handle, "the reduction of the gradients")
+        self._handles.clear()
+
+    def forget(self) -> None:
+        """Drop what compression remembers."""
+        if self._reduction is not None:
+            self._reduction.forget()
 
     def zero_gradients(self) -> None:
-        """One sweep over the buffers."""
-        for bucket in self._buckets:
-            bucket.buffer.zero_()
-            bucket.adopt()
+        """In place: the gradients are views of the buckets."""
+        self._buckets.zero()
 
-    def _on_gradient(self, bucket: Bucket, parameter: Tensor) -> None:
-        if self._accumulates_only:
-            return
-        bucket.num_ready += 1
-        if bucket.num_ready == len(bucket.parameters):
-            self._send(bucket)
-
-    def _send(self, bucket: Bucket) -> None:
-        bucket.adopt()
-        bucket.handle = self._comm.start_sum(bucket.buffer, bucket.name)
+    def _start_sum(self, index: int, bucket: Bucket) -> None:
+        if self._reduction is None:
+            self._handles.append(self._comm.start_sum(bucket.buffer, f"gradients.{index}"))
+        else:
+            self._pipeline.start(self._reduction.steps(index, bucket.buffer, bucket.views))
 
 
-def plan_buckets(parameters: list[Tensor], bucket_bytes: int) -> list[Bucket]:
+def plan_buckets(parameters: list[Tensor], bucket_bytes: int) -> list[list[Tensor]]:
     """Parameters from the last to the first, about the order in which a backward pass completes their gradients."""
     groups: list[list[Tensor]] = []
     size = 0
@@ -219,4 +201,4 @@ def plan_buckets(parameters: list[Tensor], bucket_bytes: int) -> list[Bucket]:
             size = 0
         groups[-1].append(parameter)
         size += parameter.nbytes
-    return [Bucket(f"gradients.{index}", group) for index, group in enumerate(groups)]
+    return groups

@@ -14,23 +14,50 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from .recipe_parallel import Parallel
+from .recipe_parallel import HALVED, Parallel
 
 _log = logging.getLogger(__name__)
 
-Steps = Iterator[dist.Work]
+
+class Work(Protocol):
+    """A collective under way."""
+
+    def wait(self) -> object:
+        """Return when it has ended; on a stream, when what is queued after it would find it ended."""
+
+
+Steps = Iterator[Work]
 """A sum in the making: what it yields must be waited for before it goes on."""
 Sum = Callable[[Tensor], Steps]
 """Replaces a contiguous tensor by its sum over the ranks, the same bits on every rank."""
-Hold = Callable[..., None]
-"""`TorchComm.hold`: keeps tensors until the back end has let go of them."""
+
+
+class Group(Protocol):
+    """Ranks that talk among themselves; each method starts a collective on flat tensors of any float type."""
+
+    @property
+    def size(self) -> int:
+        """How many they are."""
+
+    def all_reduce(self, tensor: Tensor) -> Work:
+        """The sum, in place. fp32 or fp64."""
+
+    def all_reduce_max(self, tensor: Tensor) -> Work:
+        """The largest of each place, in place. fp32 or fp64."""
+
+    def all_to_all(self, received: Tensor, sent: Tensor) -> Work:
+        """Part i of what each rank sends goes to rank i, which receives the parts in the order of the ranks."""
+
+    def all_gather(self, gathered: Tensor, part: Tensor) -> Work:
+        """Every rank's part, in the order of the ranks."""
+
+    def reduce_scatter(self, part: Tensor, whole: Tensor) -> Work | None:
+        """Of the sum the part that is this rank's; None where an exchange and a sum by the caller are faster."""
 
 
 class Reduction(Protocol):
@@ -39,14 +66,17 @@ class Reduction(Protocol):
     def steps(self, index: int, buffer: Tensor, gradients: Sequence[Tensor]) -> Steps:
         """Sum bucket `index` in place; `gradients` are views of its buffer."""
 
+    def forget(self) -> None:
+        """Drop what is remembered of earlier steps: the next one is as the first of a start."""
+
 
 @dataclass(frozen=True)
 class NodeGroups:
-    """Process groups of this rank, made once."""
+    """Groups of this rank, made once."""
 
-    node: dist.ProcessGroup
+    node: Group
     """The ranks of its node."""
-    between: dist.ProcessGroup
+    between: Group
     """The ranks with its local rank, one on each node."""
 
 
@@ -59,6 +89,9 @@ class Plain:
     def steps(self, index: int, buffer: Tensor, gradients: Sequence[Tensor]) -> Steps:
         """The sum alone."""
         return self.total(buffer)
+
+    def forget(self) -> None:
+        """Nothing is remembered."""
 
 
 def node_members(places: Sequence[Sequence[int]]) -> list[list[int]] | None:
@@ -73,38 +106,25 @@ def node_members(places: Sequence[Sequence[int]]) -> list[list[int]] | None:
     return list(nodes.values()) if len(nodes) > 1 and len(sizes) == 1 and max(sizes) > 1 else None
 
 
-def make_node_groups(nodes: Sequence[Sequence[int]], rank: int, *, timeout_s: int, is_cuda: bool) -> NodeGroups:
-    """The two groups that `rank` is in. Collective."""
-    between = [list(members) for members in zip(*nodes, strict=True)]
-    timeout = timedelta(seconds=timeout_s)
-    if is_cuda:  # one split makes all groups of a kind; NCCL wants every rank in it
-        made = [dist.split_group(split_ranks=[list(group) for group in groups], timeout=timeout) for groups in (nodes, between)]
-    else:  # only the members of a group meet: with thousands of ranks each knows two groups, not all of them
-        own = [next(list(group) for group in groups if rank in group) for groups in (nodes, between)]
-        made = [dist.new_group(group, timeout=timeout, backend="gloo", use_local_synchronization=True) for group in own]
-    assert made[0] is not None
-    assert made[1] is not None
-    return NodeGroups(made[0], made[1])
-
-
-def flat(tensor: Tensor, group: dist.ProcessGroup | None, hold: Hold) -> Steps:
+def flat(tensor: Tensor, group: Group) -> Steps:
     """One all-reduce."""
-    yield started(dist.all_reduce, hold, tensor, group=group)
+    yield group.all_reduce(tensor)
 
 
-def hierarchical(tensor: Tensor, groups: NodeGroups, hold: Hold, between: Sum) -> Steps:
+def hierarchical(tensor: Tensor, groups: NodeGroups, between: Sum) -> Steps:
     """Reduce-scatter within the node, `between` the nodes, all-gather within the node. The order of additions is fixed."""
-    num_local = groups.node.size()
+    num_local = groups.node.size
     padded = pad(tensor, num_local)
     part = torch.empty(padded.numel() // num_local, dtype=tensor.dtype, device=tensor.device)
-    if tensor.is_cuda:
-        yield started(dist.reduce_scatter_single, hold, part, padded, group=groups.node)
-    else:  # gloo's own is an all-reduce of everything inside: 4 times slower here
+    scattered = groups.node.reduce_scatter(part, padded)
+    if scattered is not None:
+        yield scattered
+    else:
         received = torch.empty_like(padded)
-        yield started(dist.all_to_all_single, hold, received, padded, group=groups.node)
+        yield groups.node.all_to_all(received, padded)
         torch.sum(received.view(num_local, -1), dim=0, out=part)
     yield from between(part)
-    yield started(dist.all_gather_single, hold, padded, part, group=groups.node)
+    yield groups.node.all_gather(padded, part)
     if padded.data_ptr() != tensor.data_ptr():
         tensor.copy_(padded[: tensor.numel()])
 
@@ -115,25 +135,17 @@ def pad(tensor: Tensor, parts: int) -> Tensor:
     return torch.cat((tensor, tensor.new_zeros(missing))) if missing else tensor
 
 
-def started(collective: Any, hold: Hold, *tensors: Tensor, **options: Any) -> dist.Work:
-    """Start a collective on tensors that are held until it has let go of them."""
-    same_memory = [tensor.detach() for tensor in tensors]
-    hold(*same_memory)
-    work = collective(*same_memory, async_op=True, **options)
-    assert work is not None  # only a rank outside the group gets None
-    return work  # type: ignore[no-any-return]
-
-
 class Pipeline:
     """Runs sums beside the backward pass.
 
-    On CPUs, whenever a bucket is full, every sum under way takes its next step; it waits for the one before, which had
-    the time of a bucket to end. On GPUs all steps are queued at once on a stream of their own, in which waiting costs nothing.
+    Without a stream, whenever a bucket is full, every sum under way takes its next step; it waits for the one before, which had
+    the time of a bucket to end. Given a stream, in which waiting costs nothing, all steps are queued there at once. Buckets have to
+    be started in the same order on all ranks: those that wait for one another's next step would do so for ever.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
-        self._running: list[tuple[Steps, dist.Work]] = []
+    def __init__(self, stream: torch.cuda.Stream | None = None) -> None:
+        self._stream = stream
+        self._running: list[tuple[Steps, Work]] = []
 
     def start(self, steps: Steps) -> None:
         """Begin a sum."""
@@ -164,16 +176,21 @@ class Pipeline:
                 self._running.append((steps, following))
 
 
-def choose(parallel: Parallel, groups: NodeGroups | None, hold: Hold) -> Reduction | None:
+def wants_nodes(parallel: Parallel) -> bool:
+    """Whether the recipe's sums are taken within nodes first, where that gains something."""
+    return parallel.reduction == "hierarchical" or parallel.compression in HALVED
+
+
+def choose(parallel: Parallel, world: Group, groups: NodeGroups | None) -> Reduction | None:
     """What the recipe asks for; None: one flat all-reduce of every bucket as it is."""
     from .comm_compression import COMPRESSIONS
 
     if groups is not None:
-        _log.info("gradients are summed within each of %d nodes of %d ranks, then between the nodes", groups.between.size(), groups.node.size())
+        _log.info("gradients are summed within each of %d nodes of %d ranks, then between the nodes", groups.between.size, groups.node.size)
     elif parallel.reduction == "hierarchical":
         _log.info("parallel.reduction is hierarchical, which takes several nodes of equally many ranks, two or more: flat is used here")
     if groups is None and parallel.compression == "none":
         return None
     if parallel.compression == "powersgd":
         _log.info("powersgd begins with nothing left out: what it leaves out is kept in memory alone, so a resumed run takes other steps than an unbroken one")
-    return COMPRESSIONS[parallel.compression](parallel, groups, hold)
+    return COMPRESSIONS[parallel.compression](parallel, world, groups)

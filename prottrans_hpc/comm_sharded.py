@@ -15,6 +15,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from datetime import timedelta
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -22,17 +23,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 from torch.utils import _pytree
 
 from .architecture import LossSum
-from .comm import check_same, parameter_digest
 from .comm_torch import TorchComm
 from .parallel_layout import ParallelLayout
 
 _AXES = ("replicate", "shard", "tensor")
 _STYLES: dict[str, Callable[[], ParallelStyle]] = {"column": ColwiseParallel, "row": RowwiseParallel}
-Split = Mapping[str, Literal["column", "row"]]
+Split = Mapping[str, Literal["column", "row"] | int]
 """As `architecture.TensorParallel.split`."""
 
 
@@ -70,6 +71,48 @@ class ShardedModel:
         """Forget the gradients; the next backward pass makes them afresh."""
         self.module.zero_grad(set_to_none=True)
 
+    def forget(self) -> None:
+        """Nothing is left from step to step."""
+
+    def when_gathered(self, note: Callable[[Tensor], None]) -> None:
+        """From now on, call `note` with each whole weight (of a tensor group, this rank's part of it) when it has been brought together and before
+        it is used. Its memory is given back behind that, and filled again for the backward pass: who keeps saved tensors elsewhere must leave it alone.
+        """
+
+        def gathered(unit: nn.Module, _arguments: Any) -> None:
+            for part in _own_modules(unit):
+                for parameter in part.parameters(recurse=False):
+                    note(parameter)
+
+        for part in self._units:
+            assert isinstance(part, nn.Module)
+            part.register_forward_pre_hook(gathered)  # behind FSDP's own
+
+    @contextlib.contextmanager
+    def noting_gradients(self, note: Callable[[str, Tensor], None]) -> Iterator[None]:
+        """In here, call `note` with the name of a parameter and this rank's own gradient of all of it (of a tensor group, of this rank's part),
+        before it is added to those of other ranks and cut."""
+        names = {part: f"{name}." if name else "" for name, part in self.module.named_modules()}
+        handles: dict[int, Any] = {}
+
+        def noted(name: str, parameter: Tensor) -> None:
+            if parameter.grad is not None:
+                note(name, parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad)
+
+        def gathered(unit: nn.Module, _arguments: Any) -> None:
+            for part in _own_modules(unit):
+                for leaf, parameter in part.named_parameters(recurse=False):
+                    if parameter.requires_grad and id(parameter) not in handles:
+                        hook: Any = partial(noted, names[part] + leaf)
+                        handles[id(parameter)] = parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call] # of torch
+
+        hooks = [part.register_forward_pre_hook(gathered) for part in self._units if isinstance(part, nn.Module)]  # behind FSDP's own
+        try:
+            yield
+        finally:
+            for handle in (*hooks, *handles.values()):
+                handle.remove()
+
     def around(self, forward: Callable[[], AbstractContextManager[Any]]) -> Callable[[], AbstractContextManager[Any]]:
         """`forward`, where the death of a peer is a RankLostError: a forward pass talks here too."""
 
@@ -89,22 +132,43 @@ class ShardedModel:
 
 
 def shard(comm: TorchComm, module: nn.Module, layout: ParallelLayout, split: Split) -> ShardedModel:
-    """Cut a module, whose weights are the same on every rank, as `layout` says; on a GPU, layer by layer on its way there.
+    """Cut a module as `layout` says. Of one on the meta device only this rank's pieces come to have memory, whose content is undefined;
+    another's weights must be the same on every rank.
 
-    `split` is empty without tensor groups. Raises NumericsError when the ranks do not have the same weights. Collective.
+    `split` is empty without tensor groups. Collective.
     """
-    check_same(comm, "the parameters", parameter_digest(module))
     if LossSum not in _pytree.SUPPORTED_NODES:  # through it FSDP finds the loss, whose gradient starts its work
         _pytree.register_dataclass(LossSum)
     with comm.watching("the start of a sharded model"):
         mesh = _mesh(comm, layout)
         if layout.num_tensor > 1:
-            for name, part in module.named_modules():
-                style = split.get(name.rpartition(".")[2])
-                if style is not None:
-                    parallelize_module(part, mesh["tensor"], _STYLES[style](), src_data_rank=None)  # every rank has the whole
+            _share(module, mesh["tensor"], split)
         root = _cut(module, mesh["replicate", "shard"] if layout.num_replicas > 1 else mesh["shard"], frees=layout.num_shards > 1)
+        module._apply(lambda tensor: _with_memory(tensor, comm.device))  # type: ignore[no-untyped-call] # of torch
     return ShardedModel(comm, root)
+
+
+@torch.no_grad()
+def _with_memory(tensor: Tensor, device: torch.device) -> Tensor:
+    if not tensor.is_meta:
+        return tensor
+    if not isinstance(tensor, DTensor):
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+    part = torch.empty(tensor.to_local().shape, dtype=tensor.dtype, device=device)
+    return DTensor.from_local(part, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride())
+
+
+def _share(module: nn.Module, mesh: DeviceMesh, split: Split) -> None:
+    """Of every weight that `split` names, leave this rank of a tensor group its part; every rank has the whole, so nothing is sent."""
+    for name, part in module.named_modules():
+        style = split.get(name.rpartition(".")[2])
+        if isinstance(style, str):
+            parallelize_module(part, mesh, _STYLES[style](), src_data_rank=None)
+        for leaf, parameter in list(part.named_parameters(recurse=False)):
+            dimension = split.get(".".join([*name.split("."), leaf][-2:]).lstrip("."))
+            if isinstance(dimension, int):
+                cut = distribute_tensor(parameter, mesh, [Shard(dimension)], src_data_rank=None)
+                part.register_parameter(leaf, nn.Parameter(cut, requires_grad=parameter.requires_grad))
 
 
 def _mesh(comm: TorchComm, layout: ParallelLayout) -> DeviceMesh:
@@ -114,9 +178,22 @@ def _mesh(comm: TorchComm, layout: ParallelLayout) -> DeviceMesh:
     return mesh
 
 
+def _own_modules(unit: nn.Module) -> Iterator[nn.Module]:
+    """Those whose weights are brought together with a unit's."""
+    yield unit
+    for child in unit.children():
+        if not isinstance(child, FSDPModule):
+            yield from _own_modules(child)
+
+
 def _cut(module: nn.Module, mesh: DeviceMesh, *, frees: bool) -> FSDPModule:
     """Every layer of a list of layers is brought together by itself, what is left with the root: a layer that is applied
-    again and again (ALBERT's) stands in no list, and would be brought together as often."""
+    again and again (ALBERT's) stands in no list, and would be brought together as often. Units are of one type: norms that stay
+    fp32 among half weights (APEX's O2) are units of their own, a few kilobytes that stay together until the backward pass is done."""
+    if len({parameter.dtype for parameter in module.parameters() if parameter.requires_grad}) > 1:
+        for part in list(module.modules()):
+            if any(parameter.dtype == torch.float32 and parameter.requires_grad for parameter in part.parameters(recurse=False)):
+                fully_shard(part, mesh=mesh, reshard_after_forward=False)
     for layers in module.modules():
         if isinstance(layers, nn.ModuleList):
             for layer in (layer for layer in layers if not isinstance(layer, nn.ModuleList)):

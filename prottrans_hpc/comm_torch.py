@@ -1,10 +1,8 @@
-"""Ranks over torch.distributed: gloo on CPUs, NCCL on GPUs, DistributedDataParallel for the gradients.
+"""Ranks over torch.distributed: gloo on CPUs, NCCL on GPUs."""
 
-Annotations are real objects in this module, not strings: DDP inspects those of a communication hook.
-"""
+from __future__ import annotations
 
 import contextlib
-import inspect
 import os
 import re
 import socket
@@ -13,17 +11,15 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed import GradBucket, Store  # type: ignore[attr-defined] # torch does not declare what it exports
-from torch.nn.parallel import DistributedDataParallel
+from torch.distributed import Store  # type: ignore[attr-defined] # torch does not declare what it exports
 
-from . import comm_reduction, comm_rendezvous
+from . import comm_reduction, comm_rendezvous, comm_torch_groups
 from .comm import Json, ParallelModel, check_same, decode, encode, parameter_digest
-from .comm_compression import HALVED
+from .comm_buckets import Bucket, Buckets, lay_out
 from .comm_lost import is_lost_peer
 from .errors import RankLostError
 from .rank import RankContext
@@ -31,7 +27,7 @@ from .recipe_parallel import Parallel
 from .whereabouts import inside
 
 
-def open_torch(parallel: Parallel, context: RankContext, *, run_dir: Path | None, device: torch.device) -> "TorchComm":
+def open_torch(parallel: Parallel, context: RankContext, *, run_dir: Path | None, device: torch.device) -> TorchComm:
     """Meet the other ranks. Raises ConfigError, ResourceError or RankLostError."""
     store = comm_rendezvous.connect(context, timeout_s=parallel.timeout_s, run_dir=run_dir)
     if comm_rendezvous.loopback_only() or context.num_nodes == 1:
@@ -142,17 +138,17 @@ class TorchComm:
         return [decode(_content(row, int(size))) for row, size in zip(rows, sizes.tolist(), strict=True)]
 
     def parallel(self, module: nn.Module, bucket_mib: int) -> ParallelModel:
-        """DDP with rank 0's parameters on every rank, checked."""
+        """Buckets of gradients, with rank 0's parameters on every rank, checked."""
         with self.watching("the start of the model"):
-            model = TorchModel(self, module, bucket_mib, comm_reduction.choose(self.settings, self._groups(), self.hold))
+            model = TorchModel(self, module, bucket_mib, comm_reduction.choose(self.settings, comm_torch_groups.TorchGroup(None, self.hold), self._groups()))
         check_same(self, "the parameters", parameter_digest(module))
         return model
 
     def _groups(self) -> comm_reduction.NodeGroups | None:
         """What a hierarchical reduction takes, made once; None where nothing wants it or it gains nothing."""
-        wanted = self.settings.reduction == "hierarchical" or self.settings.compression in HALVED
-        if self._node_groups is None and self.nodes is not None and wanted:
-            self._node_groups = comm_reduction.make_node_groups(self.nodes, self.rank, timeout_s=self.timeout_s, is_cuda=self.device.type == "cuda")
+        if self._node_groups is None and self.nodes is not None and comm_reduction.wants_nodes(self.settings):
+            is_cuda = self.device.type == "cuda"
+            self._node_groups = comm_torch_groups.make_node_groups(self.nodes, self.rank, timeout_s=self.timeout_s, is_cuda=is_cuda, hold=self.hold)
         return self._node_groups
 
     def close(self) -> None:
@@ -195,56 +191,38 @@ def _content(tensor: Tensor, size: int) -> bytes:
     return bytes(tensor[:size].cpu().numpy().data)
 
 
-# torch 2.13 renamed the option; older ones know only the first name.
-_NO_BUFFER_SYNC: dict[str, Any] = {
-    "forward_sync_buffers" if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters else "broadcast_buffers": False
-}
-
-
-class _Callee(nn.Module):
-    """What DDP wraps: the module, and a loss of exactly zero that touches every parameter, for the warm-up."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, batch: Any) -> Any:
-        """The module's LossSum; for None the zero."""
-        if batch is not None:
-            return self.module(batch)
-        return torch.stack([parameter.flatten()[0].float() * 0.0 for parameter in self.module.parameters() if parameter.requires_grad]).sum()
-
-
 class TorchModel:
-    """DDP that sums, with the same buckets in every step.
-
-    DDP lays out its buckets anew after its first backward pass, in the order in which gradients arrived. With three
-    or more ranks the place of a number in its bucket decides in which order its parts are added, so a resumed run
-    would differ in the last bit in its first step. Two backward passes of zero at the start settle the layout before
-    any real gradient, in an order that depends on the list of parameters alone.
-    """
+    """Sums each bucket of gradients beside the backward pass of a step that fills it."""
 
     def __init__(self, comm: TorchComm, module: nn.Module, bucket_mib: int, reduction: comm_reduction.Reduction | None = None) -> None:
         self._comm = comm
+        self.module = module
         self._sums: list[dist.Work] = []
-        self._pipeline = comm_reduction.Pipeline(comm.device)
-        self._reduction: comm_reduction.Reduction | None = None
-        self.module = DistributedDataParallel(
-            _Callee(module),
-            bucket_cap_mb=bucket_mib,
-            gradient_as_bucket_view=True,
-            **_NO_BUFFER_SYNC,
-        )
-        self.module.register_comm_hook(self, _sum_hook)
-        for _ in range(2):
-            self.backward(self.module(None))
-            self.finish_gradients()
-            self.zero_gradients()
-        self._reduction = reduction  # it may remember its buckets, whose layout is settled only now
+        self._pipeline = comm_reduction.Pipeline(torch.cuda.Stream(comm.device) if comm.device.type == "cuda" else None)  # type: ignore[no-untyped-call]
+        self._reduction = reduction
+        self._buckets = Buckets(lay_out([p for p in module.parameters() if p.requires_grad], bucket_mib << 20), self._start_sum)
+        self._take_from_first_rank()
+
+    def _take_from_first_rank(self) -> None:
+        """Rank 0's parameters, a bucket at a time, and what else the module holds."""
+        for bucket in self._buckets.buckets:
+            with torch.no_grad():
+                bucket.buffer.copy_(torch.cat([parameter.reshape(-1) for parameter in bucket.parameters]))
+                self._broadcast(bucket.buffer)
+                for parameter, view in zip(bucket.parameters, bucket.views, strict=True):
+                    parameter.copy_(view)
+                bucket.buffer.zero_()
+        for tensor in (*(parameter for parameter in self.module.parameters() if not parameter.requires_grad), *self.module.buffers()):
+            self._broadcast(tensor)
+
+    def _broadcast(self, tensor: Tensor) -> None:
+        same_memory = tensor.detach()
+        self._comm.hold(same_memory)
+        dist.broadcast(same_memory, src=0)
 
     def no_sync(self) -> AbstractContextManager[None]:
         """Forward and backward in here only add to this rank's gradients."""
-        return self.module.no_sync()
+        return self._buckets.no_sync()
 
     def backward(self, loss: Tensor) -> None:
         """`loss.backward()`; outside `no_sync` each bucket is on its way as soon as it is full."""
@@ -254,38 +232,31 @@ class TorchModel:
     def finish_gradients(self) -> None:
         """Wait for the buckets."""
         with self._comm.watching("the reduction of the gradients"):
+            self._buckets.start_rest()
             for work in self._sums:
                 work.wait()
             self._pipeline.finish()
         self._sums.clear()
 
     def zero_gradients(self) -> None:
-        """In place: the gradients are views of DDP's buckets."""
-        self.module.zero_grad(set_to_none=False)
+        """In place: the gradients are views of the buckets."""
+        self._buckets.zero()
 
-    def start_sum(self, bucket: GradBucket) -> None:
+    def forget(self) -> None:
+        """Drop what compression remembers."""
+        if self._reduction is not None:
+            self._reduction.forget()
+
+    def _start_sum(self, index: int, bucket: Bucket) -> None:
         """Begin to sum a bucket in place."""
         if self._reduction is not None:
-            self._pipeline.start(self._reduction.steps(bucket.index(), bucket.buffer(), bucket.gradients()))
+            self._pipeline.start(self._reduction.steps(index, bucket.buffer, bucket.views))
             return
-        same_memory = bucket.buffer().detach()
+        same_memory = bucket.buffer.detach()
         self._comm.hold(same_memory)
         work = dist.all_reduce(same_memory, async_op=True)
         assert work is not None  # only a rank outside the group gets None
         self._sums.append(work)
-
-
-def _sum_hook(model: TorchModel, bucket: GradBucket) -> torch.futures.Future[Tensor]:
-    """Begin to sum a bucket, and tell DDP that it is done: `finish_gradients` waits instead.
-
-    DDP's own reduction divides by the world size, which rounds. The usual hook chains a Python function to the
-    reduction, which gloo's thread then frees, with the danger that `TorchComm.hold` describes.
-    """
-    buffer: Tensor = bucket.buffer()
-    model.start_sum(bucket)
-    done: torch.futures.Future[Tensor] = torch.futures.Future(devices=[buffer.device] if buffer.is_cuda else None)
-    done.set_result(buffer)
-    return done
 
 
 def _is_held_elsewhere(tensor: Tensor) -> bool:

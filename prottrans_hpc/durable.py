@@ -125,17 +125,21 @@ def new_folder(final: Path) -> Iterator[Path]:
         raise
 
 
-def seal_folder(folder: Path, known: Mapping[str, str] | None = None) -> None:
-    """Fsync every file of `folder` and write its manifest; `known` maps file names to SHA-256 computed before.
+def seal_folder(folder: Path, known: Mapping[str, FileSeal] | None = None) -> None:
+    """Fsync every file of `folder` and write its manifest. A folder within it is sealed by itself.
 
-    A folder within it is sealed by itself.
+    `known` are files that their writers have forced to storage, names too, and what they wrote: these are not touched again.
     """
-    files = {}
-    for path in sorted(p for p in folder.iterdir() if p.is_file() and p.name != MANIFEST):
-        digest = (known or {}).get(path.name) or sha256_of(path)
-        fsync_path(path)
-        files[path.name] = {"bytes": path.stat().st_size, "sha256": digest}
-    write_json(folder / MANIFEST, {"files": files})
+    sealed = dict(known or {})
+    with os.scandir(folder) as entries:
+        names = sorted(entry.name for entry in entries if entry.is_file() and entry.name != MANIFEST)
+    for name in names:
+        if name not in sealed:
+            path = folder / name
+            digest = sha256_of(path)
+            fsync_path(path)
+            sealed[name] = FileSeal(path.stat().st_size, digest)
+    write_json(folder / MANIFEST, {"files": {name: {"bytes": sealed[name].num_bytes, "sha256": sealed[name].sha256} for name in names}})
 
 
 def read_manifest(folder: Path) -> dict[str, FileSeal]:

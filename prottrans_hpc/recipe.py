@@ -193,6 +193,12 @@ class Recipe:
         level = precision_levels.LEVELS[self.precision]
         if self.parallel.compression == "powersgd" and (level.weights != "fp32" or level.scales_loss):
             raise ValueError(f"parallel.compression powersgd takes fp32 gradients of one scale in all steps, which precision {self.precision} has not")
+        if self.parallel.comm == "horovod" and level.weights == "bf16":
+            fitting = ", ".join(name for name, other in precision_levels.LEVELS.items() if other.products == level.products and other.weights != "bf16")
+            raise ValueError(
+                f"precision {self.precision} has gradients in bf16, which Horovod does not add up: take {fitting}, whose gradients are fp32 "
+                "(parallel.compression = 'bf16' sends those in 16 bits), or parallel.comm = 'torch'"
+            )
 
     @property
     def num_steps(self) -> int:

@@ -14,7 +14,7 @@ class Parallel:
     """How ranks talk."""
 
     comm: Literal["torch", "horovod"] = "torch"
-    """torch.distributed (DDP over gloo or nccl) or Horovod; one rank needs neither."""
+    """torch.distributed (gloo or nccl) or Horovod; one rank needs neither."""
     bucket_mib: Count = 25
     """Size of a gradient bucket, MiB."""
     timeout_s: Count = 600
@@ -42,8 +42,10 @@ class Parallel:
             raise ValueError(f"shard_ranks is for sharding = 'hybrid'; it is {self.sharding!r}")
         if (self.sharding, self.tensor_ranks) != ("none", 1) and (self.reduction, self.compression) != ("flat", "none"):
             raise ValueError("reduction and compression are for models that every rank holds whole: leave them out with sharding and tensor_ranks")
-        if self.comm == "horovod" and (self.reduction, self.compression) != ("flat", "none"):
-            raise ValueError("reduction and compression are those of torch.distributed: leave them out, or set comm = 'torch'")
+
+
+HALVED = ("fp16", "bf16")
+"""Compressions that are exchanged in 16 bits, and summed within the nodes first, whatever the reduction is."""
 
 
 def lossy(parallel: Parallel) -> dict[str, Any]:

@@ -49,6 +49,16 @@ class RunDir:
         return self.path / "init.json"
 
     @property
+    def preflight_json(self) -> Path:
+        """What the latest start measured of its nodes before it trained, and whether it went on; absent without a preflight."""
+        return self.path / "preflight.json"
+
+    @property
+    def preflight_error(self) -> Path:
+        """Why the first rank of a preflight failed; there for a moment only."""
+        return self.path / ".preflight-error"
+
+    @property
     def job_script(self) -> Path:
         """The script that was submitted, byte for byte."""
         return self.path / "job.sh"
@@ -163,6 +173,16 @@ class Init:
 
 
 @dataclass(frozen=True)
+class Preflight:
+    """A measurement of a job's own nodes before its training starts, judged by the rules of `prottrans comm --gate`."""
+
+    gate: float = 3.0
+    """A node that takes more than so many times the median keeps the training from starting."""
+    limit_s: int = 300
+    """A measurement that takes longer has failed."""
+
+
+@dataclass(frozen=True)
 class Run:
     """The content of run.json."""
 
@@ -184,6 +204,8 @@ class Run:
     """End after so many optimizer steps in all, even if the recipe has more; None: the recipe's steps."""
     init: Init | None = None
     """None: the starting weights are drawn from the recipe's seed."""
+    preflight: Preflight | None = None
+    """None: jobs train at once."""
 
     @property
     def last_step(self) -> int:
@@ -211,7 +233,7 @@ def write_run(run_dir: RunDir, run: Run) -> None:
     """Write run.json durably."""
     values = {"format": FORMAT, **vars(run)}
     values |= {"recipe": config.to_json(run.recipe), "machine": config.to_json(run.machine), "allocation": config.to_json(run.allocation)}
-    values |= {"init": vars(run.init) if run.init else None}
+    values |= {"init": vars(run.init) if run.init else None, "preflight": vars(run.preflight) if run.preflight else None}
     durable.write_json(run_dir.run_json, values)
 
 
@@ -259,6 +281,7 @@ def parse_run(values: Any, *, source: str) -> Run:
             allocation=config.parse(Allocation, values["allocation"], source=source),
             stop_after_step=None if values["stop_after_step"] is None else int(values["stop_after_step"]),
             init=None if values.get("init") is None else config.parse(Init, values["init"], source=source),
+            preflight=None if values.get("preflight") is None else config.parse(Preflight, values["preflight"], source=source),
         )
     except KeyError as error:
         raise ConfigError(f"{source} lacks the key {error.args[0]!r}") from error

@@ -54,6 +54,7 @@ STAGES = {
     "pretrain": "prottrans_hpc.train.stage:pretrain",
     "lr-range": "prottrans_hpc.train.lr_range:report",
     "comm": "prottrans_hpc.profile.comm_stage:study",
+    "preflight": "prottrans_hpc.profile.preflight_stage:check",
     "project-scaling": "prottrans_hpc.profile.projection:project",
     "scale-report": "prottrans_hpc.profile.scaling_stage:report",
     "memory-measure": "prottrans_hpc.profile.memory_stage:measure_policies",

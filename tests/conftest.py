@@ -156,19 +156,21 @@ class Rank:
 RunRanks = Callable[..., list[Rank]]
 
 
-def free_port() -> int:
-    """A TCP port that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+@contextmanager
+def held_port() -> Iterator[int]:
+    """A TCP port of the loopback address that nobody else is given while the block runs; a rank that reuses addresses can listen there."""
+    with socket.socket() as held:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.bind(("127.0.0.1", 0))
+        yield int(held.getsockname()[1])
 
 
-def rank_environments(num_ranks: int, *, num_nodes: int = 1) -> list[dict[str, str]]:
+def rank_environments(num_ranks: int, *, port: int, num_nodes: int = 1) -> list[dict[str, str]]:
     """The variables that our own local starter sets, for each rank."""
     if num_ranks % num_nodes:
         raise ValueError(f"{num_ranks} ranks do not fill {num_nodes} nodes")
     per_node = num_ranks // num_nodes
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "PROTTRANS_NONCE": secrets.token_hex(8), "OMP_NUM_THREADS": "1"}
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PROTTRANS_NONCE": secrets.token_hex(8), "OMP_NUM_THREADS": "1"}
     return [
         shared
         | {
@@ -192,11 +194,11 @@ def run_ranks(tmp_path: Path) -> RunRanks:
 
     def run(argv: Sequence[str], n: int, *, code: int | None = 0, num_nodes: int = 1, env: Mapping[str, str] | None = None, timeout: float = 120) -> list[Rank]:
         base = checkout_environment() | dict(env or {})
-        with tempfile.TemporaryDirectory(dir=tmp_path) as folder:
+        with tempfile.TemporaryDirectory(dir=tmp_path) as folder, held_port() as port:
             outputs = [(Path(folder, f"{rank}.out"), Path(folder, f"{rank}.err")) for rank in range(n)]
             processes = [
                 subprocess.Popen([sys.executable, *argv], env=base | own, stdout=out.open("wb"), stderr=err.open("wb"), start_new_session=True)
-                for own, (out, err) in zip(rank_environments(n, num_nodes=num_nodes), outputs, strict=True)
+                for own, (out, err) in zip(rank_environments(n, port=port, num_nodes=num_nodes), outputs, strict=True)
             ]
             timed_out = _wait(processes, timeout)
             ranks = [

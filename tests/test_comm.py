@@ -144,7 +144,7 @@ def own_address():
 
 def test_a_rank_that_reaches_the_store_of_another_job_leaves_and_says_so():
     port = free_port()
-    mine, foreign = meet([master("mine", port), master("xyzzy", port)], timeout_s=3)
+    mine, foreign = meet([master("mine", port), master("xyzzy", port)])
     assert isinstance(foreign, ConfigError)
     assert "another start" in str(foreign)
     assert "xyzzy" not in str(foreign)  # the nonce itself is a secret

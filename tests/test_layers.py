@@ -32,7 +32,20 @@ BASE_MODULES = {"__init__", "errors", "durable", "stage", "config", "machine", "
     "architectures",
     "terminal",
 }
-COMM_MODULES = {"comm", "comm_torch", "comm_horovod", "comm_rendezvous", "whereabouts", "comm_sharded", "comm_reduction", "comm_compression", "comm_lost"}
+COMM_MODULES = {
+    "comm",
+    "comm_torch",
+    "comm_horovod",
+    "comm_rendezvous",
+    "whereabouts",
+    "comm_sharded",
+    "comm_reduction",
+    "comm_buckets",
+    "comm_compression",
+    "comm_lost",
+    "comm_torch_groups",
+    "comm_horovod_groups",
+}
 
 BELOW_CORPUS = {"base", "rank", "log", "comm"}
 MAY_IMPORT = {

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from pydantic.dataclasses import dataclass
 
-from ..architecture import Architecture, Size, Vocabulary
+from ..architecture import Architecture, Size, TensorParallel, Vocabulary
 from ..config import STRICT, Fraction
 from ..errors import ConfigError
 
@@ -156,4 +156,16 @@ ARCHITECTURE = Architecture(
     activation_bytes=activation_bytes,
     lanes=True,
     lane_bytes=lane_bytes,
+    tensor_parallel=TensorParallel(
+        split={
+            "query_key_value.weight": 0,  # blocks of rows: `models.tensor_group` deals their heads out
+            "distance": "column",
+            "attention_output": "row",
+            "up": "column",
+            "down": "row",
+            "content_bias": 0,
+            "distance_bias": 0,
+        },
+        divides=lambda shape: {"num_heads": shape.num_heads, "intermediate_size": shape.intermediate_size},
+    ),
 )

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from pydantic.dataclasses import dataclass
 
-from ..architecture import Architecture, Size, Vocabulary
+from ..architecture import Architecture, Size, TensorParallel, Vocabulary
 from ..config import STRICT
 from ..errors import ConfigError
 from ..recipe_objectives import Permutation
@@ -187,4 +187,13 @@ ARCHITECTURE = Architecture(
     lanes=True,
     lane_bytes=lane_bytes,
     layer_bytes=layer_bytes,
+    tensor_parallel=TensorParallel(
+        split={
+            **dict.fromkeys(("attention.query", "attention.key", "attention.value", "attention.output", "attention.distance", "attention.segments"), 1),
+            **dict.fromkeys(("content.bias", "position.bias", "segment.bias"), 0),
+            "up": "column",
+            "down": "row",
+        },
+        divides=lambda shape: {"num_heads": shape.num_heads, "intermediate_size": shape.intermediate_size},
+    ),
 )

@@ -174,5 +174,6 @@ ARCHITECTURE = Architecture(
     num_parameters=num_parameters,
     flops=flops,
     activation_bytes=activation_bytes,
+    wide_residuals=True,
     tensor_parallel=TensorParallel(split=post_norm.SPLIT, divides=lambda shape: {"num_heads": shape.num_heads, "intermediate_size": shape.intermediate_size}),
 )

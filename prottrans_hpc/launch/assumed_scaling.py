@@ -11,7 +11,9 @@ from ..errors import ConfigError
 from ..machine import Machine
 from ..precision_levels import LEVELS
 from ..recipe import Recipe
+from ..recipe_parallel import HALVED
 from .batch_arithmetic import ASSUMED_MEAN_RESIDUES, PhaseBatch, plan_batches
+from .sharding_fit import check_sharding
 
 _FORWARD_SHARE = 1.0 / 3.0
 """Of the operations of both passes, as the architectures count them."""
@@ -36,7 +38,16 @@ class Assumed:
     reduction: str
     """As in the recipe."""
     sent_fraction: float
-    """Bytes on the wire for a byte of gradient."""
+    """Bytes on the wire for a byte of gradient; of PowerSGD, whose bytes depend on every tensor's shape, 1."""
+    architecture: str
+    size: str
+    precision: str
+    parallel: dict[str, Any]
+    """The recipe's section."""
+    tokens: float
+    """Of a micro batch."""
+    tflops: float
+    """Of a rank."""
     assumptions: tuple[str, ...]
     """A line each."""
 
@@ -44,9 +55,8 @@ class Assumed:
 def assume(name: str, recipe: Recipe, machine: Machine, nodes: Sequence[int], *, utilisation: float) -> Assumed:
     """A weak study of the recipe's first phase: each rank has the share that the largest of `nodes` would give it.
 
-    Raises ConfigError where the profile says too little of the machine, or has not so many nodes, or where the recipe's way to share work is not modelled.
+    Raises ConfigError where the profile says too little of the machine, or has not so many nodes, or where the model cannot be cut over them so.
     """
-    _check_modelled(recipe)
     if machine.network is None:
         raise ConfigError(
             f"the profile of {machine.name} has no [network] section, so nothing is known of its links: write one (hpc/README.md has the keys), "
@@ -59,7 +69,9 @@ def assume(name: str, recipe: Recipe, machine: Machine, nodes: Sequence[int], *,
     chosen = architecture.get(recipe.architecture.name)
     shape: Any = chosen.size(recipe.architecture.size).shape
     tokens = round(batch.mean_residues) + len(chosen.vocabulary.prefix) + len(chosen.vocabulary.suffix)
-    compute_s = batch.sequences_per_rank * chosen.flops(shape, [tokens]) / (tflops * 1e12)
+    for number in nodes:
+        check_sharding(recipe, machine, chosen, shape, num_ranks=number * machine.ranks_per_node)
+    compute_s = batch.sequences_per_rank * chosen.flops(shape, [tokens]) / (tflops * 1e12 * recipe.parallel.tensor_ranks)
     level = LEVELS[recipe.precision]
     return Assumed(
         recipe=name,
@@ -72,26 +84,28 @@ def assume(name: str, recipe: Recipe, machine: Machine, nodes: Sequence[int], *,
         bucket_mib=recipe.parallel.bucket_mib,
         micro_batches=batch.num_micro_batches,
         reduction=recipe.parallel.reduction,
-        sent_fraction=1.0 if recipe.parallel.compression == "none" else min(1.0, _HALF_BYTES / level.weight_bytes),
+        sent_fraction=min(1.0, _HALF_BYTES / level.weight_bytes) if recipe.parallel.compression in HALVED else 1.0,
+        architecture=chosen.name,
+        size=recipe.architecture.size,
+        precision=recipe.precision,
+        parallel=config.to_json(recipe.parallel),
+        tokens=batch.sequences_per_rank * tokens / batch.num_micro_batches,
+        tflops=tflops,
         assumptions=(
             _batch_line(batch, max(nodes), lanes=chosen.lanes),
             f"computing: {where_from}: {compute_s:.3g} s a step, the backward pass two thirds of it",
-            f"gradients: {chosen.num_parameters(shape) / 1e6:,.0f} M of {level.weight_bytes} bytes ({recipe.precision}), in buckets of "
-            f"{recipe.parallel.bucket_mib} MiB, sent while the backward pass goes on{_compression_text(recipe)}",
+            f"gradients: {chosen.num_parameters(shape) / 1e6:,.0f} M of {level.weight_bytes} bytes ({recipe.precision}), {_sending_text(recipe)}",
             "all nodes are equally fast, data and optimizer take no time, nobody else uses the network",
         ),
     )
 
 
-def _check_modelled(recipe: Recipe) -> None:
-    if (recipe.parallel.sharding, recipe.parallel.tensor_ranks) != ("none", 1):
-        raise ConfigError("the projection models ranks that each hold the whole model: project with parallel.sharding = 'none' and tensor_ranks = 1")
-    if recipe.parallel.compression == "powersgd":
-        raise ConfigError("what PowerSGD sends depends on every tensor's shape and is not modelled: project with parallel.compression none, fp16 or bf16")
-
-
-def _compression_text(recipe: Recipe) -> str:
-    return "" if recipe.parallel.compression == "none" else f", in {recipe.parallel.compression}"
+def _sending_text(recipe: Recipe) -> str:
+    parallel = recipe.parallel
+    if (parallel.sharding, parallel.tensor_ranks) != ("none", 1):
+        return "cut over ranks with the weights, layer by layer"
+    compressed = "" if parallel.compression == "none" else f", in {parallel.compression}"
+    return f"in buckets of {parallel.bucket_mib} MiB, sent while the backward pass goes on{compressed}"
 
 
 def _rate(recipe: Recipe, machine: Machine, utilisation: float) -> tuple[float, str]:

@@ -94,16 +94,18 @@ def check_lanes(chosen: Architecture, recipe: Recipe, machine: Machine, *, num_n
     """Raises ConfigError with the nearest sizes when the lanes of a lane-wise architecture do not divide over the ranks."""
     if not chosen.lanes:
         return
-    num_ranks = num_nodes * machine.ranks_per_node
+    tensor_ranks = recipe.parallel.tensor_ranks
+    num_shares, unit = num_nodes * machine.ranks_per_node // tensor_ranks, "rank" if tensor_ranks == 1 else "tensor group"
     for number, phase in enumerate(recipe.phases):
         lanes = phase.global_batch_size
         if lanes is None:
             raise ConfigError(f"{chosen.name} trains in lanes, one a sequence of a step: give phases.{number}.global_batch_size, not global_batch_residues")
-        if lanes < num_ranks or (lanes % num_ranks and not recipe.loading.uneven_lanes):
-            uneven = f". Or some ranks have {lanes // num_ranks + 1} lanes and the others, which wait, {lanes // num_ranks}: --set loading.uneven_lanes=true"
+        if lanes < num_shares or (lanes % num_shares and not recipe.loading.uneven_lanes):
+            more, fewer = lanes // num_shares + 1, lanes // num_shares
+            uneven = f". Or some {unit}s have {more} lanes and the others, which wait, {fewer}: --set loading.uneven_lanes=true"
             raise ConfigError(
-                f"{chosen.name} keeps each of the {lanes:,} lanes of phases.{number}.global_batch_size on one rank, and {num_nodes} nodes "
-                f"have {num_ranks:,} ranks, which do not divide them: {_nearest_sizes(recipe, machine, num_nodes)}{uneven if lanes > num_ranks else ''}"
+                f"{chosen.name} keeps each of the {lanes:,} lanes of phases.{number}.global_batch_size on one {unit}, and {num_nodes} nodes "
+                f"have {num_shares:,} {unit}s, which do not divide them: {_nearest_sizes(recipe, machine, num_nodes)}{uneven if lanes > num_shares else ''}"
             )
 
 
@@ -112,13 +114,15 @@ def _nearest_sizes(recipe: Recipe, machine: Machine, num_nodes: int) -> str:
     unit = (machine.nodes_per_rack or 1) if whole else 1
     limit = largest_rack_count(machine) if whole else machine.max_nodes
     lanes = [phase.global_batch_size or 0 for phase in recipe.phases]
-    fitting = [count * unit for count in range(1, limit + 1) if all(number % (count * unit * machine.ranks_per_node) == 0 for number in lanes)]
+    tensor_ranks = recipe.parallel.tensor_ranks
+    sizes = [count * unit for count in range(1, limit + 1) if count * unit * machine.ranks_per_node % tensor_ranks == 0]
+    fitting = [size for size in sizes if all(number % (size * machine.ranks_per_node // tensor_ranks) == 0 for number in lanes)]
     below, above = [size for size in fitting if size < num_nodes], [size for size in fitting if size > num_nodes]
-    offers = [_size_text(machine, size, lanes, whole) for size in (*below[-1:], *above[:1])]
+    offers = [_size_text(machine, size, lanes, whole, tensor_ranks) for size in (*below[-1:], *above[:1])]
     return f"the nearest sizes that do are {' and '.join(offers)}" if offers else "no size of this machine does; change the global batch"
 
 
-def _size_text(machine: Machine, num_nodes: int, lanes: list[int], whole: bool) -> str:
+def _size_text(machine: Machine, num_nodes: int, lanes: list[int], whole: bool, tensor_ranks: int) -> str:
     size = racks_text(num_nodes // (machine.nodes_per_rack or 1), machine.nodes_per_rack or 1) if whole else f"{num_nodes} nodes"
-    local = ", ".join(f"{number // (num_nodes * machine.ranks_per_node):,}" for number in lanes)
-    return f"{size} ({local} lanes a rank)"
+    local = ", ".join(f"{number * tensor_ranks // (num_nodes * machine.ranks_per_node):,}" for number in lanes)
+    return f"{size} ({local} lanes a {'rank' if tensor_ranks == 1 else 'tensor group'})"

@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import os
 import time
+from collections.abc import Sequence
 
 from .. import run_dir as run_dirs
 from .. import terminal
@@ -26,6 +27,19 @@ def read_chain(run_dir: RunDir) -> tuple[str, ...]:
     _wait_for_submission(run_dir)
     jobs = run_dirs.read_jobs(run_dir)
     return jobs.job_ids if jobs else ()
+
+
+def exclude_from_rest(run_dir: RunDir, scheduler: str, job_id: str, nodes: Sequence[str]) -> list[str]:
+    """Keep the waiting jobs after this one from `nodes`; those that will be. Raises nothing: one that gets such a node finds it out."""
+    kept = []
+    try:
+        chain = read_chain(run_dir)
+        for other in chain[chain.index(job_id) + 1 :] if job_id in chain else ():
+            if submission.exclude(scheduler, other, nodes, timeout_s=_ASK_S):
+                kept.append(other)
+    except (ProttransError, OSError) as error:
+        terminal.warn(f"jobs of this chain may get {', '.join(nodes)} again: {error}")
+    return kept
 
 
 def cancel_rest(run_dir: RunDir, start: Start, reason: str) -> None:

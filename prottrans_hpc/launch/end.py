@@ -19,7 +19,7 @@ from typing import Any
 from .. import errors, terminal
 from ..errors import ProttransError, SubmitError
 from ..run_dir import RunDir
-from . import chain, job_events, lease, submission, verdicts
+from . import chain, job_events, lease, preflight_notes, submission, verdicts
 from .begin import hold_stop_signals
 from .job_events import Event
 from .own_job import Start, identify
@@ -79,7 +79,7 @@ def _cause(run_dir: RunDir, start: Start, code: int, begun: Event | None) -> str
     """In words: what the ranks noted themselves, or what the code means; and which nodes are down."""
     told = _last_stop(run_dir, begun)
     parts = [told or verdicts.describe_code(code)]
-    if code != errors.DONE and (told is None or "Error" in told):
+    if code != errors.DONE and (told is None or "Error" in told or told.startswith(preflight_notes.FAILED)):
         parts += [*_first_fault(run_dir, begun), *(f"node {node} is down" for node in _lost_nodes(start))]
     return "; ".join(parts)
 

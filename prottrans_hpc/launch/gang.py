@@ -22,7 +22,7 @@ from .. import __version__, config, durable, run_dir, terminal
 from ..errors import ConfigError, IdentityError, ProttransError, SubmitError
 from ..machine import Allocation, Machine
 from ..recipe import Recipe, science
-from ..run_dir import Init, Run, RunDir
+from ..run_dir import Init, Preflight, Run, RunDir
 from . import foreground, job_events, lease, submission
 from .checks import CorpusFacts
 from .job import Job
@@ -52,6 +52,8 @@ class Plan:
     """Whose weights a new run begins with; None: its own, or those that the run in the directory began with."""
     after: str | None = None
     """Job that must have ended, however, before the first of these starts."""
+    preflight: Preflight | None = None
+    """What the jobs measure before they train; None: nothing."""
 
     @property
     def job(self) -> Job:
@@ -59,7 +61,8 @@ class Plan:
         python = self.machine.python or sys.executable
         # In a container the profile's interpreter is the image's; what goes on around the ranks has this one.
         host_python = sys.executable if self.machine.launcher_prefix else None
-        return Job("pretrain", self.run_dir.path.name, self.run_dir, self.machine, self.allocation, python, self.flags, self.account, host_python)
+        name, measures = self.run_dir.path.name, self.preflight is not None
+        return Job("pretrain", name, self.run_dir, self.machine, self.allocation, python, self.flags, self.account, host_python, measures)
 
     @property
     def script(self) -> bytes:
@@ -122,7 +125,7 @@ def carry_out(plan: Plan, *, detach: bool) -> int:
         check_idle(directory)
         _write_run(plan, directory, run)
         durable.write_bytes(directory.job_script, plan.script)
-        directory.exit_code.unlink(missing_ok=True)
+        _forget_last_start(directory)
         if plan.machine.scheduler != "local":
             _submit_chain(plan, directory)
             return 0
@@ -144,8 +147,14 @@ def set_up(plan: Plan, script: bytes) -> RunDir:
         check_idle(directory)
         _write_run(plan, directory, run)
         durable.write_bytes(directory.job_script, script)
-        directory.exit_code.unlink(missing_ok=True)
+        _forget_last_start(directory)
     return directory
+
+
+def _forget_last_start(directory: RunDir) -> None:
+    """How an earlier start ended must not pass for how the next one does."""
+    for left in (directory.exit_code, directory.preflight_json):
+        left.unlink(missing_ok=True)
 
 
 def belongs_to(directory: RunDir, scheduler: str, job_id: str, *, account: str | None) -> None:
@@ -221,6 +230,7 @@ def _write_run(plan: Plan, directory: RunDir, old: Run | None) -> None:
         allocation=plan.allocation,
         stop_after_step=plan.stop_after_step,
         init=plan.init,
+        preflight=plan.preflight,
     )
     run = fresh if old is None else replace(fresh, run_id=old.run_id, created=old.created, init=old.init)
     if run == old:
@@ -233,7 +243,7 @@ def _write_run(plan: Plan, directory: RunDir, old: Run | None) -> None:
 
 def _plain(run: Run) -> dict[str, Any]:
     nouns = {"recipe": config.to_json(run.recipe), "machine": config.to_json(run.machine), "allocation": config.to_json(run.allocation)}
-    return {**vars(run), **nouns, "init": vars(run.init) if run.init else None}
+    return {**vars(run), **nouns, "init": vars(run.init) if run.init else None, "preflight": vars(run.preflight) if run.preflight else None}
 
 
 def write_jobs(directory: RunDir, scheduler: str, job_ids: Sequence[str], *, account: str | None = None) -> None:

@@ -32,6 +32,8 @@ class Job:
     """Project or account that a batch system charges."""
     host_python: str | None = None
     """The interpreter of our own programs around the ranks, where the script runs; None: the ranks'. With a container they differ."""
+    preflight: bool = False
+    """Whether the job measures its nodes before it starts the ranks."""
 
     def __post_init__(self) -> None:
         config.check_name(self.name, what="the job name")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import PurePath
 
 from .. import __version__
@@ -18,7 +19,6 @@ from .tether import CODE_FILE_PREFIX
 def render(job: Job, header: Sequence[str]) -> bytes:
     """The bytes of the job script; `header` holds the scheduler's directives."""
     starter = STARTERS[job.machine.starter]
-    argv = starter.argv(job) if starter.is_ours else tethered(job, starter.argv(job))
     lines = [
         "#!/bin/bash",
         *header,
@@ -35,9 +35,10 @@ def render(job: Job, header: Sequence[str]) -> bytes:
         *(_stop_file_lines if starter.asks_by_file else _signal_lines)(starter.signals),
         "",
         *_begin_lines(job),
-        *_command_lines(argv, job.run_dir, starter),
+        *_preflight_lines(job, starter),
+        *_command_lines(_start_argv(job, starter), job.run_dir, starter),
         *_WAIT_LINES,
-        *(('rm -f "$stop_file"',) if starter.asks_by_file else ()),
+        *_forget_lines(starter),
         *(_HIDDEN_CODE_LINES if starter.hides_codes else ()),
         *_STOPPED_LINES,
         *_end_lines(job),
@@ -73,6 +74,32 @@ def _end_lines(job: Job) -> list[str]:
     if job.machine.scheduler == "local":
         return []
     return ["# Notes how the ranks ended, and settles what becomes of this job and of those that wait for it.", f'{_own_call(job, "end")} "$code" || true']
+
+
+def _preflight_lines(job: Job, starter: Starter) -> list[str]:
+    """The ranks of the preflight are started, and waited for, as those of the training are; what they found decides whether these start."""
+    if not job.preflight:
+        return []
+    if job.allocation.num_ranks == 1:
+        return ['echo "preflight: one rank has nobody to talk to, so nothing is measured" >&2', ""]
+    measuring = _start_argv(replace(job, stage="preflight"), starter)
+    argv = [*job.module("preflight"), job.machine.scheduler, str(job.run_dir.path), *job.flags, "--", *measuring]
+    at_end = [*_STOPPED_LINES, 'if [ "$code" -ne 0 ]; then', *(f"  {line}" for line in (*_forget_lines(starter), *_end_lines(job))), '  exit "$code"', "fi", ""]
+    return [
+        "# The network between this job's own nodes is measured first. Where a node is slow, or nothing could be measured, no rank of the training starts.",
+        *_command_lines(argv, job.run_dir, replace(starter, asks_by_file=False)),
+        *_WAIT_LINES,
+        *at_end,
+    ]
+
+
+def _start_argv(job: Job, starter: Starter) -> list[str]:
+    """What starts the ranks."""
+    return starter.argv(job) if starter.is_ours else tethered(job, starter.argv(job))
+
+
+def _forget_lines(starter: Starter) -> tuple[str, ...]:
+    return ('rm -f "$stop_file"',) if starter.asks_by_file else ()
 
 
 def _own_call(job: Job, module: str) -> str:

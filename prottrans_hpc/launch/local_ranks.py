@@ -96,10 +96,10 @@ def verdict(endings: Sequence[Ending], *, stopped: bool) -> Ending:
 
 def run(gang: Gang) -> int:
     """Start the ranks, wait for them, and return the exit code of the gang. The caller holds the signals."""
-    environments = rank_environments(gang, os.environ, port=_free_port(), nonce=secrets.token_hex(16))
     ranks: dict[int, subprocess.Popen[bytes]] = {}
+    meeting = _hold_port()
     try:
-        for rank, environment in enumerate(environments):
+        for rank, environment in enumerate(rank_environments(gang, os.environ, port=meeting.getsockname()[1], nonce=secrets.token_hex(16))):
             with _output(gang, rank) as output:
                 ranks[rank] = start(gang.command, env=environment, output=output, hold_stop_signals=gang.hold_stop_signals)
         endings, stopped = _wait(gang, ranks)
@@ -108,6 +108,7 @@ def run(gang: Gang) -> int:
             if process.poll() is None:
                 process.kill()
                 process.wait()
+        meeting.close()
     decisive = verdict(endings, stopped=stopped)
     if decisive.code not in (DONE, REQUEUE):
         _tell(gang, decisive)
@@ -189,10 +190,16 @@ def _signal_name(number: int) -> str:
         return f"signal {number}"
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((LOOPBACK, 0))
-        return int(probe.getsockname()[1])
+def _hold_port() -> socket.socket:
+    """A free port of the loopback address, for the ranks to meet at.
+
+    Rank 0 listens there seconds from now, and until then the system must not give the port to somebody else. As long
+    as this socket is bound it does not; rank 0 may bind the port all the same, as both reuse addresses and this one never listens.
+    """
+    held = socket.socket()
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    held.bind((LOOPBACK, 0))
+    return held
 
 
 def _parse(arguments: Sequence[str] | None) -> Gang:

@@ -37,9 +37,6 @@ _GATHERED_LAYERS = 2
 AHEAD_BYTES = 64 << 20
 """Large model support brings back so much before it is wanted, however small its limit is; tests hold it against the ranks' side."""
 
-_IN_USE = 0.7
-"""Share of what a layer keeps that is there while it is computed or passed back, under large model support with no room; measured."""
-
 
 @dataclass(frozen=True)
 class MemoryNeed:
@@ -98,7 +95,8 @@ def need_of(recipe: Recipe, chosen: Architecture, shape: Any, batches: Iterable[
     count = own_parameters(chosen, shape, rank.layout)
     layers = layer_parameters(chosen, shape)
     on_host = recipe.memory.optimizer_on == "host"
-    kept = [_under_layout(kept_bytes(chosen, shape, tokens, _kept_in(recipe), recipe), shape, tokens, rank.layout, _kept_in(recipe)) for tokens in batches]
+    kept_in = _kept_in(recipe)
+    kept = [_under_layout(kept_bytes(chosen, shape, tokens, kept_in, recipe, packed=rank.on_gpu), shape, tokens, rank.layout, kept_in) for tokens in batches]
     device = [on_device(one, recipe) for one in kept]
     activations, left, moved = max(device, default=(0, 0, 0))
     state, masters = round(_STATE[recipe.optimizer.name] * count), _FP32 * count if level.has_masters else 0
@@ -126,7 +124,10 @@ def need_of(recipe: Recipe, chosen: Architecture, shape: Any, batches: Iterable[
 
 
 def _kept_in(recipe: Recipe) -> str:
-    return "bf16" if LEVELS[recipe.precision].is_half else "fp32"
+    level = LEVELS[recipe.precision]
+    if level.is_half and level.weight_bytes < _FP32 and not level.has_masters:
+        return "half"
+    return "bf16" if level.is_half else "fp32"
 
 
 def on_device(kept: Kept, recipe: Recipe) -> tuple[int, int, int]:
@@ -134,11 +135,20 @@ def on_device(kept: Kept, recipe: Recipe) -> tuple[int, int, int]:
     limit = recipe.memory.lms_limit_gib
     if limit is None:
         return kept.peak, kept.after_forward, 0
-    room = max(int(limit * 2**30), AHEAD_BYTES)
-    left = min(kept.after_forward, int(limit * 2**30))
-    # Of the layer at hand some numbers are in use, whatever may wait elsewhere.
-    beside = max((round(working + _IN_USE * whole) for working, whole in zip(kept.working, kept.whole, strict=True)), default=0)
-    return min(kept.peak, room + beside), left, kept.after_forward - left
+    movable = [max(0, held - small) for held, small in zip(kept.held, kept.small, strict=True)]
+    in_all = kept.rest - kept.small_rest + sum(movable)
+    moved = max(0, in_all - int(limit * 2**30))
+    left, room = kept.after_forward - moved, max(int(limit * 2**30), AHEAD_BYTES)
+    most, before, begun, there = left + kept.finish, in_all, kept.small_rest < kept.rest, kept.after_forward - in_all
+    for place in reversed(range(len(movable))):
+        held, whole, own = kept.held[place], kept.whole[place], movable[place]
+        again = whole + kept.beside - held if held < whole else 0
+        # What is moved comes back from the first layer on that wants any of it.
+        begun = begun or own > 0
+        brought = before if begun else in_all - moved
+        most = max(most, there + again + min(brought + kept.working[place], room + kept.replaced[place]))
+        before, there = before - own, there - (held - own)
+    return min(kept.peak, most), left, moved
 
 
 def _cast_weights(recipe: Recipe, count: int, kept: list[Kept]) -> int:

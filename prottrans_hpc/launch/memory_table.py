@@ -14,6 +14,7 @@ from ..precision_levels import LEVELS
 from ..recipe import Recipe
 from .batch_arithmetic import PhaseBatch, plan_batches
 from .duration import ASSUMED_UTILISATION
+from .memory_cut import smallest_cut
 from .memory_fit import GIB, MARGIN, memory_gib, planned_tokens, sequence_lengths
 from .memory_fit import memory_need as need_on
 from .memory_need import MemoryNeed, Rank, need_of
@@ -46,10 +47,8 @@ class Row:
 
 
 def policies_of(recipe: Recipe) -> dict[str, Policy]:
-    """Those that are compared, and the recipe's own. What cuts weights over ranks leaves no room for some."""
+    """Those that are compared, and the recipe's own."""
     found = dict(POLICIES)
-    if recipe.parallel.sharding != "none" or recipe.parallel.tensor_ranks > 1:
-        found = {name: policy for name, policy in found.items() if policy.memory.saved == "as_is" and policy.memory.optimizer_on == "device"}
     if all(policy.memory != recipe.memory for policy in found.values()):
         found[OWN] = Policy(recipe.memory, "the recipe's own section")
     return found
@@ -147,12 +146,21 @@ def verdict(rows: list[Row], recipe: Recipe, machine: Machine, num_ranks: int) -
         least = min(rows, key=lambda row: row.need.peak)
         return (
             f"nothing fits the {place}: {least.name!r} needs {least.need.peak / GIB:.2f} GiB. "
-            "Take smaller micro batches (--set loading.bin_residues=N), or a smaller model"
+            f"{_cut_text(recipe, machine, num_ranks)} smaller micro batches (--set loading.bin_residues=N), or a smaller model"
         )
     if best.policy.memory == recipe.memory:
         return f"fits the {place}, as the recipe has it"
     asked = " ".join(f"--set {setting}" for setting in best.policy.settings) or "leave [memory] out"
     return f"fits the {place}, at the least predicted time: {best.name!r} ({asked})"
+
+
+def _cut_text(recipe: Recipe, machine: Machine, num_ranks: int) -> str:
+    """The smallest cut that fits, for people, and how other advice goes on from there."""
+    found = smallest_cut(recipe, machine, num_ranks)
+    if found is None:
+        return "Take"
+    asked = " ".join(f"--set {setting}" for setting in found.settings)
+    return f"Cut over {found.num_ranks:,} ranks a copy it fits, with {found.peak / GIB:.2f} GiB a rank ({asked}); no smaller cut does. Or take"
 
 
 def to_json(rows: list[Row], recipe: Recipe, machine: Machine, num_ranks: int) -> dict[str, Any]:
@@ -168,6 +176,7 @@ def to_json(rows: list[Row], recipe: Recipe, machine: Machine, num_ranks: int) -
         "precision": recipe.precision,
         "half_weights": LEVELS[recipe.precision].weight_bytes == 2,
         "chosen": best.name if best else None,
+        "cut": _cut_json(recipe, machine, num_ranks) if best is None else None,
         "policies": [
             {
                 "name": row.name,
@@ -181,3 +190,8 @@ def to_json(rows: list[Row], recipe: Recipe, machine: Machine, num_ranks: int) -
             for row in rows
         ],
     }
+
+
+def _cut_json(recipe: Recipe, machine: Machine, num_ranks: int) -> dict[str, Any] | None:
+    found = smallest_cut(recipe, machine, num_ranks)
+    return {"settings": list(found.settings), "num_ranks": found.num_ranks, "peak": found.peak} if found else None

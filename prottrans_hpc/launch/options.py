@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
+import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -15,6 +16,9 @@ from .. import terminal
 from ..errors import ConfigError, RequeueRequested
 from ..stage import Request, run_stage
 from .demand import Demand, parse_walltime
+
+if TYPE_CHECKING:
+    from ..run_dir import Preflight
 
 Command = Callable[..., Any]
 
@@ -100,6 +104,29 @@ def exclude(command: Command) -> Command:
     """Add ``--exclude``; the verb gets the nodes as `excluded`, None when it is not given."""
     help_text = "Batch systems: nodes that the job must not get, as in n[1-3],n7; none: all may be used again."
     return click.option("--exclude", "excluded", metavar="NODE[,NODE]", callback=_as_nodes, help=help_text)(command)
+
+
+def preflight(command: Command) -> Command:
+    """Add ``--preflight``; the verb gets a Preflight, "none", or None when it is not given."""
+    help_text = (
+        "Measure the job's own nodes before the training starts, and end with 71 when one is slower than GATE times the median (3), or nothing could "
+        "be measured within SECONDS (300); none: train at once."
+    )
+    return click.option("--preflight", metavar="comm[:GATE[:SECONDS]]|none", callback=_as_preflight, help=help_text)(command)
+
+
+def _as_preflight(ctx: click.Context, param: click.Parameter, value: str | None) -> Preflight | Literal["none"] | None:
+    from ..run_dir import Preflight
+
+    match = re.fullmatch(r"none|comm(?::(\d+(?:\.\d+)?))?(?::(\d{1,5}))?", value or "none", re.ASCII)
+    if match is None:
+        raise click.BadParameter(f"{value!r} is neither none nor comm, comm:GATE or comm:GATE:SECONDS, as in comm:3:300", ctx, param)
+    if value in (None, "none"):
+        return "none" if value else None
+    given = Preflight(float(match[1] or Preflight.gate), int(match[2] or Preflight.limit_s))
+    if given.gate <= 1 or given.limit_s < 1:
+        raise click.BadParameter("the gate is a factor above 1, and the limit at least a second", ctx, param)
+    return given
 
 
 def _as_nodes(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[str, ...] | None:

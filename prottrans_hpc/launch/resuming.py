@@ -6,11 +6,13 @@ import json
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 from .. import errors, run_dir, terminal
 from ..errors import ConfigError, SubmitError
 from ..machine import Allocation, Machine, read_machine
-from . import checks, exclusion, follow, gang, placement, planner
+from ..run_dir import Preflight
+from . import checks, exclusion, follow, gang, placement, planner, preflight_notes
 from .demand import Demand
 from .gang import Plan
 from .job import num_ranks_text
@@ -33,6 +35,7 @@ class Changes:
     account: str | None = None
     excluded: tuple[str, ...] | None = None
     """Nodes that the job must not get."""
+    preflight: Preflight | Literal["none"] | None = None
     dry_run: bool = False
     detach: bool = False
     follows: bool = False
@@ -88,7 +91,8 @@ def plan_again(facts: RunFacts, changes: Changes) -> Plan:
     # Of another machine the nodes have other names.
     excluded = changes.excluded if changes.excluded is not None else () if changes.machine else run.allocation.excluded_nodes
     allocation = exclusion.leave_out(machine, replace(_allocation(facts, machine, changes), node_names=()), excluded, facts.run_dir)
-    for remark in exclusion.remarks(allocation):
+    preflight = run.preflight if changes.preflight is None else None if changes.preflight == "none" else changes.preflight
+    for remark in (*exclusion.remarks(allocation), *preflight_notes.remarks(preflight, allocation)):
         terminal.note(f"note: {remark}")
     before = len(facts.jobs.job_ids) if facts.jobs and facts.jobs.scheduler != "local" else 1
     return Plan(
@@ -103,6 +107,7 @@ def plan_again(facts: RunFacts, changes: Changes) -> Plan:
         RANK_FLAGS[terminal.verbosity()],
         account,
         num_jobs=1 if machine.scheduler == "local" else changes.num_jobs or before,
+        preflight=preflight,
     )
 
 

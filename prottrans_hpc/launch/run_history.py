@@ -198,6 +198,13 @@ def _troubled(rows: list[Start], event: Record) -> None:
     _open_row(rows).notes.append(NOTES[str(event["event"])](event))
 
 
+def _measured_first(rows: list[Start], event: Record) -> None:
+    """A preflight is the first that a start does; where no job script tells of the start, this does."""
+    if not rows or rows[-1].ended is not None or rows[-1].trains_from is not None:
+        rows.append(Start())
+    _troubled(rows, event)
+
+
 def _note(rows: list[Start], event: Record) -> None:
     known = ("time", "event", "job_id", "restart")
     details = ", ".join(f"{key} {value}" for key, value in event.items() if key not in known and value not in (None, "", []))
@@ -215,6 +222,7 @@ _TELLERS = {
     "stop": _stopped,
     "taken_over": _taken_over,
     **dict.fromkeys(NOTES, _troubled),
+    "preflight": _measured_first,
     **dict.fromkeys(("refused", "requeued", "cancelled", "cancelled_rest"), _note),
 }
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from .. import durable, terminal
 from ..errors import DataError
-from . import checks, run_history, run_tables
+from . import checks, preflight_notes, run_history, run_tables
 from .job import num_ranks_text
 from .run_facts import RunFacts
 from .run_history import Story
@@ -29,6 +29,7 @@ def report(facts: RunFacts, verdict: Verdict) -> dict[str, Any]:
         "checkpoints": list(facts.checkpoint_steps),
         "rates": run_tables.rates(facts),
         "environment": _environment(facts),
+        "preflight": preflight_notes.read(facts.run_dir),
         "history": dataclasses.asdict(story),
     }
 
@@ -55,6 +56,7 @@ def report_lines(facts: RunFacts, verdict: Verdict) -> list[str]:
         ("progress", _progress(facts)),
         ("checkpoints", _checkpoints(facts)),
         ("pace", _pace(facts, verdict)),
+        ("preflight", preflight_notes.summary(preflight_notes.read(facts.run_dir))),
         ("latest start on", _hosts(_environment(facts))),
     ]
     lines = run_tables.aligned([(f"{key}:", terminal.printable(text, 1000)) for key, text in pairs if text])

@@ -11,7 +11,7 @@ from enum import StrEnum
 
 from .. import errors, terminal
 from ..errors import SubmitError
-from . import job_events, local_process, submission, verdicts
+from . import job_events, local_process, preflight_notes, submission, verdicts
 from .job_state import State
 from .run_facts import RunFacts
 from .run_files import last_records
@@ -139,7 +139,7 @@ def judge_ended(facts: RunFacts, states: Mapping[str, State]) -> Verdict:
         return Verdict(RunState.CANCELLED, cancelled)
     code = facts.exit_code
     if code is not None and code != errors.REQUEUE:
-        return Verdict(RunState.FAILED, f"exit code {code}: {verdicts.describe_code(code)}")
+        return Verdict(RunState.FAILED, f"exit code {code}: {preflight_notes.closed(facts.run_dir, code) or verdicts.describe_code(code)}")
     cause = next((_CAUSES[state] for state in reversed(list(states.values())) if state in _CAUSES), None)
     if code == errors.REQUEUE:
         return Verdict(RunState.STOPPED, cause or _last_cause(facts))

@@ -37,6 +37,8 @@ class Scheduler:
     """Variables of a surrounding job that must not reach a new one."""
     hands_on_environment: bool = False
     """A job would get the whole environment of the shell that submits it: then it is told only what a login knows."""
+    exclude_argv: Callable[[str, Sequence[str]], list[str]] | None = None
+    """`(job, nodes)` -> the command that keeps a waiting job from these nodes alone; None: it keeps what it asked for."""
 
 
 SCHEDULERS: dict[str, Scheduler] = {
@@ -52,6 +54,7 @@ SCHEDULERS: dict[str, Scheduler] = {
         inherited_prefixes=("SLURM_", "SBATCH_", "SRUN_", "PMIX_", "PMI_", "OMPI_"),
         # Any --export but ALL makes Slurm log in as the user on the node, which takes seconds to minutes and holds the job when it fails.
         hands_on_environment=True,
+        exclude_argv=slurm.exclude_argv,
     ),
     "lsf": Scheduler(
         lsf.render_header,

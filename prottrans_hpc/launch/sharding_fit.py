@@ -9,7 +9,6 @@ from ..architecture import Architecture
 from ..errors import ConfigError
 from ..machine import Machine
 from ..parallel_layout import ParallelLayout, layout_on
-from ..precision_levels import LEVELS
 from ..recipe import Recipe
 
 
@@ -18,23 +17,7 @@ def check_sharding(recipe: Recipe, machine: Machine, chosen: Architecture, shape
     layout = layout_on(recipe.parallel, machine, num_ranks)
     if layout.num_tensor > 1:
         _check_products(chosen, shape, layout.num_tensor)
-    if not layout.is_plain:
-        _check_company(recipe)
     return layout
-
-
-def _check_company(recipe: Recipe) -> None:
-    """Raises ConfigError for what works on whole weights only."""
-    cut = "where parallel.sharding or parallel.tensor_ranks cut the weights"
-    if LEVELS[recipe.precision].weights != "fp32":
-        possible = ", ".join(name for name, level in LEVELS.items() if level.weights == "fp32")
-        raise ConfigError(f"precision {recipe.precision!r} holds half weights beside fp32 masters: {cut}, take one of {possible}")
-    if recipe.memory.saved != "as_is":
-        raise ConfigError(f"memory.saved = {recipe.memory.saved!r} cannot tell weights from activations {cut}: leave it out, and recompute layers instead")
-    if recipe.memory.lms_limit_gib is not None:
-        raise ConfigError(f"memory.lms_limit_gib would move gathered weights to the host, too, {cut}: leave it out, and recompute layers instead")
-    if recipe.memory.optimizer_on != "device":
-        raise ConfigError(f"memory.optimizer_on = {recipe.memory.optimizer_on!r} keeps whole states: {cut}, leave it out and cut over more ranks")
 
 
 def layout_text(layout: ParallelLayout) -> str:
@@ -51,7 +34,7 @@ def _number(number: int, one: str, many: str) -> str:
 
 
 def _check_products(chosen: Architecture, shape: Any, tensor_ranks: int) -> None:
-    if chosen.tensor_parallel is None or chosen.lanes:  # lanes have a rank each
+    if chosen.tensor_parallel is None:
         able = [record.name for record in architecture.available() if record.tensor_parallel]
         raise ConfigError(
             f"the matrices of {chosen.name} cannot be shared by a tensor group; those of {', '.join(able)} can. "
@@ -60,9 +43,10 @@ def _check_products(chosen: Architecture, shape: Any, tensor_ranks: int) -> None
     numbers = chosen.tensor_parallel.divides(shape)
     bad = {name: number for name, number in numbers.items() if number % tensor_ranks}
     if bad:
-        fitting = [size for size in range(1, min(numbers.values()) + 1) if all(number % size == 0 for number in numbers.values())]
+        fitting = chosen.tensor_parallel.degrees(shape)
         listed = ", ".join(f"{name} {number:,}" for name, number in bad.items())
+        near = " and ".join(map(str, [*[size for size in fitting if size < tensor_ranks][-1:], *[size for size in fitting if size > tensor_ranks][:1]]))
         raise ConfigError(
             f"parallel.tensor_ranks = {tensor_ranks} does not divide {listed} of {chosen.name}: a rank takes whole heads and an equal part of the "
-            f"feed-forward width. Possible are {', '.join(map(str, fitting))}"
+            f"feed-forward width. Possible are {', '.join(map(str, fitting))}; nearest: {near}"
         )

@@ -135,3 +135,8 @@ def cancel_argv(job_id: str) -> list[str]:
     The signal goes to the job script, which tells the ranks; the job then ends with 75 and counts as FAILED.
     """
     return ["bash", "-euc", _CANCEL, "cancel", job_id]
+
+
+def exclude_argv(job_id: str, nodes: Sequence[str]) -> list[str]:
+    """The command that keeps a waiting job from these nodes, whatever it was submitted with."""
+    return ["scontrol", "update", f"JobId={job_id}", f"ExcNodeList={hostlist.compress(nodes)}"]

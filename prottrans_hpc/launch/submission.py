@@ -78,6 +78,15 @@ def cancel(scheduler: str, job_id: str, *, timeout_s: float = TIMEOUT_S) -> None
     _call(speech.cancel_argv(job_id), f"cancel job {job_id}", speech, timeout_s=timeout_s)
 
 
+def exclude(scheduler: str, job_id: str, nodes: Sequence[str], *, timeout_s: float) -> bool:
+    """Keep a job that waits from these nodes and no others; False where the scheduler cannot. Raises SubmitError with what it said."""
+    speech = SCHEDULERS[scheduler]
+    if speech.exclude_argv is None:
+        return False
+    _call(speech.exclude_argv(job_id, nodes), f"keep job {job_id} from {', '.join(nodes)}", speech, timeout_s=timeout_s)
+    return True
+
+
 def is_being_preempted(scheduler: str, job_id: str, *, timeout_s: float) -> bool:
     """Whether a job must make room for another and would be lost if it just ended. Raises SubmitError."""
     vitals = VITALS[scheduler]

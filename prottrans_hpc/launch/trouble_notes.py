@@ -1,4 +1,4 @@
-"""What went wrong while a run trained, as the notes below its start: events of history.jsonl in a line each. Pure."""
+"""What went wrong while a run trained, and what was measured before, as the notes below its start: events of history.jsonl in a line each. Pure."""
 
 from __future__ import annotations
 
@@ -12,13 +12,22 @@ def _went_back(event: Record) -> str:
     return f"went back from step {event.get('step')} to {event.get('to')}: {event.get('cause')}"
 
 
+def _preflight(event: Record) -> str:
+    # What keeps a job from training is told as its cause, and slow nodes have lines of their own.
+    figures = f": {event['figures']}" if event.get("figures") else ""
+    return f"preflight {event.get('verdict')} in {event.get('elapsed_s')} s{figures}"
+
+
 def _slow_node(event: Record) -> str:
+    if "says" in event:  # by a preflight
+        return f"step {event.get('step')}: slow: {event['says']}"
     ranks = ", ".join(map(str, event.get("ranks") or ()))
     return f"{_node_at(event)} is slow, {event.get('factor')} times the median: rank {ranks}"
 
 
 def _recovered(event: Record) -> str:
-    return f"{_node_at(event)} is no longer slow, {event.get('factor')} times the median"
+    factor = f", {event['factor']} times the median" if "factor" in event else ""
+    return f"{_node_at(event)} is no longer slow{factor}"
 
 
 def _node_at(event: Record) -> str:
@@ -45,6 +54,7 @@ def _shortened(samples: list[Any]) -> str:
 
 NOTES: dict[str, Callable[[Record], str]] = {
     "went back": _went_back,
+    "preflight": _preflight,
     "slow node": _slow_node,
     "node recovered": _recovered,
     "hang": _hang,

@@ -7,7 +7,8 @@ tensor and the backward pass that wants it, which is the time in which it lies i
   pass wants them last. So with a limit as many bytes travel as exceed it, each storage once, and what is wanted next is still there.
 - The backward pass goes the other way. Whenever it takes a tensor, those saved before it are brought back, as far as the limit (or `ahead_bytes`,
   if that is more) has room.
-- Parameters and their views, storages below `size_bytes`, and what is no plain tensor of the device (sparse, subclasses) stay where they are.
+- Parameters and their views, storages below `size_bytes`, and what is no plain tensor of the device (sparse, subclasses) stay where they are. Of a
+  DTensor the local part is moved.
 
 On a machine without GPU the same happens to CPU tensors: the limit is one of a device that is only counted, and copies go through the same pool. That
 spares no memory; it makes everything but the streams testable anywhere.
@@ -28,6 +29,7 @@ import torch
 from torch import Tensor
 
 from .counting import Counts
+from .divided import by_parts
 from .hooks import AS_IS, Hooks, applied, is_plain
 from .host_pool import HostPool
 from .moving import Grave, Moving, Saved, Tape
@@ -86,16 +88,16 @@ class LargeModelSupport:
         size_bytes: int | None = None,
         ahead_bytes: int = AHEAD_BYTES,
         limits: Literal["saved", "device"] = "saved",
-        parameters: Iterable[Tensor] = (),
+        parameters: Iterable[Tensor] | Parameters = (),
         device_type: Literal["cpu", "cuda"] | None = None,
         pause: Pause | None = None,
     ) -> None:
         self.limit_bytes, self.ahead_bytes, self.limits = limit_bytes, ahead_bytes, limits
         self.size_bytes = SIZE_BYTES if size_bytes is None else size_bytes
         self.device_type = device_type or ("cuda" if torch.cuda.is_available() else "cpu")
-        self.hooks = Hooks(self._pack, self._unpack)
         self.pool = HostPool(pinned=self.device_type == "cuda")
-        self._parameters = Parameters(parameters)
+        self._parameters = Parameters.of(parameters)
+        self.hooks = by_parts(Hooks(self._pack, self._unpack), self._parameters.has)
         self._pause = pause
         self._lock = threading.RLock()
         self._catalogue = Catalogue[Moving]()

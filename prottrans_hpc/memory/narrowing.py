@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .divided import by_parts
 from .hooks import AS_IS, Hooks, is_plain
 from .storages import Catalogue, HasOrigin, Origin, Parameters, View, whole
 
@@ -38,13 +39,13 @@ class _Saved:
     view: View
 
 
-def narrowing(parameters: Iterable[Tensor] = (), *, smallest_bytes: int | None = None, inner: Hooks = AS_IS) -> Hooks:
+def narrowing(parameters: Iterable[Tensor] | Parameters = (), *, smallest_bytes: int | None = None, inner: Hooks = AS_IS) -> Hooks:
     """Save fp32 tensors of `smallest_bytes` (SMALLEST_BYTES) or more in bf16, each storage once; parameters and all others as they are.
 
     `inner` takes what this way leaves to save, narrow or not (large model support, for one). A tensor that was changed in place since
     it was saved raises RuntimeError in the backward pass.
     """
-    excluded, catalogue, smallest = Parameters(parameters), Catalogue[_Narrow](), SMALLEST_BYTES if smallest_bytes is None else smallest_bytes
+    excluded, catalogue, smallest = Parameters.of(parameters), Catalogue[_Narrow](), SMALLEST_BYTES if smallest_bytes is None else smallest_bytes
 
     def pack(tensor: Tensor) -> Any:
         if not _is_wide(tensor, smallest) or excluded.has(tensor):
@@ -62,7 +63,7 @@ def narrowing(parameters: Iterable[Tensor] = (), *, smallest_bytes: int | None =
         saved.narrow.origin.version.check(f"a tensor of shape {list(view.size)}, saved in bf16,")
         return saved.narrow.flat().as_strided(view.size, view.stride, view.offset).to(view.dtype)
 
-    return Hooks(pack, unpack)
+    return by_parts(Hooks(pack, unpack), excluded.has)
 
 
 def _is_wide(tensor: Tensor, smallest_bytes: int) -> bool:

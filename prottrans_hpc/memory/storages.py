@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from .divided import local
 from .hooks import Version
 
 
@@ -84,18 +85,40 @@ class Catalogue(Generic[Known]):
 
 
 class Parameters:
-    """The storages of parameters, which no policy touches: a module's where one is given, and whatever looks like one."""
+    """The storages of parameters, which no policy touches: a module's where one is given, and whatever looks like one.
+
+    A model that is cut over ranks brings its weights together again and again, in storages that are emptied meanwhile: nothing of them may be moved
+    later than it is saved, and whoever brings them together says so with `add`.
+    """
 
     def __init__(self, parameters: Iterable[Tensor] = ()) -> None:
-        self._given = {parameter.untyped_storage()._cdata: weakref.ref(parameter) for parameter in parameters if type(parameter) in (Tensor, nn.Parameter)}
+        self._given: dict[int, weakref.ref[Tensor]] = {}
         self._lock = threading.Lock()
+        for parameter in parameters:
+            self.add(parameter)
+
+    @classmethod
+    def of(cls, parameters: Iterable[Tensor] | Parameters) -> Parameters:
+        """The same object where it is one already, to which tensors may be added later."""
+        return parameters if isinstance(parameters, Parameters) else cls(parameters)
+
+    def add(self, parameter: Tensor) -> None:
+        """One more; of a DTensor, this rank's part."""
+        part = local(parameter)
+        if type(part) not in (Tensor, nn.Parameter):
+            return
+        address = part.untyped_storage()._cdata
+        with self._lock:
+            known = self._given.get(address)
+            if known is None or known() is not part:
+                self._given[address] = weakref.ref(part)
 
     def has(self, tensor: Tensor) -> bool:
         """Whether a tensor is a parameter, another leaf with a gradient, or a view of one."""
         base = tensor if tensor._base is None else tensor._base
         if isinstance(base, nn.Parameter) or (base.is_leaf and base.requires_grad):
             return True
-        address = tensor.untyped_storage()._cdata
+        address = local(tensor).untyped_storage()._cdata
         with self._lock:
             given = self._given.get(address)
             if given is None:

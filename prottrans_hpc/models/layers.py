@@ -37,14 +37,6 @@ def compute_dtype(hidden: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
 
 
-def own_part(weight: Tensor) -> Tensor:
-    """What this rank has of a weight that the ranks of a tensor group share, connected to it; elsewhere the weight."""
-    if not hasattr(weight, "to_local"):
-        return weight
-    part: Tensor = weight.to_local()
-    return part
-
-
 def run_layer(index: int, every: int, layer: Callable[..., Any], *arguments: Any) -> Any:
     """Call the layer of this number; every `every`-th one keeps its inputs only and is computed again for the gradient (0: none).
 

@@ -23,7 +23,8 @@ from ..architectures.prot_t5 import T5Shape
 from ..errors import ConfigError
 from .attention import Attend
 from .biased_attention import prepare_biased, prepare_cross
-from .layers import build_empty, compute_dtype, own_part, run_layer, table
+from .layers import build_empty, compute_dtype, run_layer, table
+from .tensor_group import own_part
 
 
 class RmsNorm(nn.Module):

@@ -23,6 +23,7 @@ from ..architecture import Batch, LossSum
 from ..architectures.prot_txl import TxlShape
 from .causal_attention import Attention, Sight, prepare
 from .layers import build_empty, compute_dtype, run_layer, table
+from .tensor_group import copy_to_group, own_part, own_part_of_each
 
 _SEGMENT_WINDOWS = 4
 """A longer protein than so many windows is read piece by piece, which bounds the memory that its layers take."""
@@ -49,7 +50,9 @@ class Layer(nn.Module):
 
     def forward(self, hidden_TW: Tensor, memory_SMW: Tensor | None, distances_PW: Tensor, biases: Biases, attention: Attention, dtype: torch.dtype) -> Tensor:
         """Hidden states in, hidden states out, [T, W]; `dtype` is that of the matrix products."""
-        narrow_TW, weight, heads = hidden_TW.to(dtype), self.query_key_value.weight, len(self.distance.weight)
+        shared = self.query_key_value.weight
+        narrow_TW, weight = copy_to_group(hidden_TW.to(dtype), shared), own_part_of_each(shared, 3)
+        heads = len(weight) // 3
         if memory_SMW is None:
             query, key, value = functional.linear(narrow_TW, weight).chunk(3, dim=-1)
         else:
@@ -144,7 +147,7 @@ class ProtTxl(nn.Module):
         yield hidden_TW
         dtype = compute_dtype(hidden_TW)
         distances_PW = self._dropped(encode_distances(attention.num_distances, self.shape.hidden_size, hidden_TW)).to(dtype)
-        biases = (self.content_bias, self.distance_bias)
+        biases = (own_part(self.content_bias), own_part(self.distance_bias))
         for index, layer in enumerate(self.layers):
             memory_SMW = None if memory_NSMW is None else memory_NSMW[index]
             hidden_TW = run_layer(index, self.recompute_every, layer, hidden_TW, memory_SMW, distances_PW, biases, attention, dtype)

@@ -26,6 +26,7 @@ from ..errors import ConfigError
 from . import relative_attention
 from .layers import build_empty, compute_dtype, run_layer, table
 from .relative_attention import Attend, Keys, Sight
+from .tensor_group import copy_to_group, own_part, sum_over_group
 
 Arrange = Callable[[Tensor, Tensor], Keys]
 
@@ -53,21 +54,23 @@ class Attention(nn.Module):
 
     def forward(self, streams: list[tuple[Tensor, Attend]], keys_KW: Tensor, distances_PW: Tensor, arrange: Arrange, dtype: torch.dtype) -> list[Tensor]:
         """The new hidden states of each stream, given its hidden states and its attention."""
-        keys_KW = keys_KW.to(dtype)
+        keys_KW = copy_to_group(keys_KW.to(dtype), self.key)
         keys, rows = arrange(_project(keys_KW, self.key), _project(keys_KW, self.value)), _project(distances_PW, self.distance)
         results = []
         for hidden_NW, attend in streams:
-            query_NHD = _project(hidden_NW.to(dtype), self.query)
+            query_NHD = _project(copy_to_group(hidden_NW.to(dtype), self.query), self.query)
             scale = query_NHD.shape[-1] ** -0.5
-            by_content, by_distance = ((query_NHD + part.bias).to(dtype) * scale for part in (self.content, self.position))
+            by_content, by_distance = ((query_NHD + own_part(part.bias)).to(dtype) * scale for part in (self.content, self.position))
             attended_NV = attend(by_content, by_distance, keys, rows).flatten(1)
-            added_NW = functional.dropout(functional.linear(attended_NV, self.output.flatten(1)), self.dropout, self.training)
+            added_NW = sum_over_group(functional.linear(attended_NV, own_part(self.output).flatten(1)), self.output)
+            added_NW = functional.dropout(added_NW, self.dropout, self.training)
             results.append(self.norm(added_NW + hidden_NW))
         return results
 
 
 def _project(hidden: Tensor, matrix_WHD: Tensor) -> Tensor:
-    return torch.mm(hidden, matrix_WHD.flatten(1)).view(-1, *matrix_WHD.shape[1:])
+    own_WHD = own_part(matrix_WHD)
+    return torch.mm(hidden, own_WHD.flatten(1)).view(-1, *own_WHD.shape[1:])
 
 
 class FeedForward(nn.Module):

@@ -10,6 +10,7 @@ import dataclasses
 import logging
 import os
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,8 @@ def study(request: Request) -> None:
     # gloo, whatever is compared: barriers and what the ranks tell one another go over CPUs.
     comm = open_comm(Parallel(timeout_s=asked["timeout_s"]), context, run_dir=run_dir.path, device=torch.device("cpu"))
     gang = find_gang(comm, context)
-    contenders, left_out = _open(comm, gang, asked)
-    with _watching(comm):
+    contenders, left_out = open_back_ends(comm, gang, asked["backends"], timeout_s=asked["timeout_s"])
+    with watching(comm):
         nodes = measure_nodes(comm, gang, contenders["gloo"], seed=asked["seed"])
         chosen = [contender for name, contender in contenders.items() if name in asked["backends"]]
         samples = measure(comm, gang, chosen, Plan(asked["max_bytes"], asked["repetitions"], asked["limit_s"], asked["seed"]))
@@ -61,7 +62,8 @@ def study(request: Request) -> None:
         _check_gate(found, asked["gate"])
 
 
-def _watching(comm: Comm) -> Any:
+def watching(comm: Comm) -> Any:
+    """What torch raises in here when a rank is gone becomes a RankLostError."""
     return comm.watching("the measurement")  # type: ignore[attr-defined] # it is a TorchComm: there are several ranks
 
 
@@ -80,15 +82,15 @@ def find_gang(comm: Comm, context: RankContext) -> Gang:
     return Gang(context, kept)
 
 
-def _open(comm: Comm, gang: Gang, asked: dict[str, Any]) -> tuple[dict[str, Contender], dict[str, str]]:
-    """The back ends that work on every rank, and why the others do not; gloo is opened in any case."""
+def open_back_ends(comm: Comm, gang: Gang, asked: Sequence[str], *, timeout_s: int) -> tuple[dict[str, Contender], dict[str, str]]:
+    """The back ends that work on every rank, and why the others do not; gloo is opened in any case. Raises ResourceError when none is to be had."""
     contenders, left_out = dict[str, Contender](), dict[str, str]()
     for name, join in BACKENDS.items():
-        if name != "gloo" and name not in asked["backends"]:
+        if name != "gloo" and name not in asked:
             continue
         opened, reason = None, ""
         try:
-            opened = join(gang, asked["timeout_s"])
+            opened = join(gang, timeout_s)
         except ProttransError as error:
             reason = str(error)
         reasons = [str(told) for told in comm.all_gather_object(reason) if told]
@@ -97,18 +99,15 @@ def _open(comm: Comm, gang: Gang, asked: dict[str, Any]) -> tuple[dict[str, Cont
         else:
             left_out[name] = reasons[0]
             _log.warning("%s is left out: %s", name, reasons[0])
-    if not any(name in contenders for name in asked["backends"]):
+    if not any(name in contenders for name in asked):
         raise ResourceError(f"none of the back ends is to be had here: {'; '.join(f'{name}: {reason}' for name, reason in left_out.items())}")
     return contenders, left_out
 
 
 def _found(comm: Comm, gang: Gang, asked: dict[str, Any], *, samples: list[Sample], nodes: NodeTimes, left_out: dict[str, str]) -> dict[str, Any]:
     """The content of comm.json."""
-    places = comm.all_gather_object([gang.context.node_rank, gang.context.hostname])
-    hosts = [next(str(host) for node, host in places if node == number) for number in range(gang.context.num_nodes)]
+    hosts = hosts_of(comm, gang.context)
     fits = fits_of(samples)
-    gate = asked["gate"]
-    slow = nodes.slow(hosts, factor=min(_NAMED_FROM, gate) if gate is not None else _NAMED_FROM)
     return {
         "format": FORMAT,
         "machine": asked["machine"],
@@ -118,12 +117,28 @@ def _found(comm: Comm, gang: Gang, asked: dict[str, Any], *, samples: list[Sampl
         "fits": [dataclasses.asdict(line) for line in fits],
         "samples": [{**dataclasses.asdict(sample), "seconds": list(sample.seconds)} for sample in samples],
         "fastest": fastest_of(samples, fits),
-        "slow_nodes": [comm_report.slow_json(one) for one in slow],
+        "slow_nodes": stand_out(nodes, hosts, gate=asked["gate"]),
         "node_seconds": {**dataclasses.asdict(nodes), "bytes": PAIR_BYTES},
         "left_out": left_out,
         "hosts": hosts,
         "versions": {"prottrans_hpc": __version__, "torch": torch.__version__, "python": platform.python_version()},
     }
+
+
+def hosts_of(comm: Comm, context: RankContext) -> list[str]:
+    """The host of each node. Collective."""
+    places = comm.all_gather_object([context.node_rank, context.hostname])
+    return [next(str(host) for node, host in places if node == number) for number in range(context.num_nodes)]
+
+
+def stand_out(nodes: NodeTimes, hosts: Sequence[str], *, gate: float | None) -> list[dict[str, Any]]:
+    """The nodes that are named, the worst first, as in comm.json; not all of them need be beyond the gate."""
+    return [comm_report.slow_json(one) for one in nodes.slow(hosts, factor=min(_NAMED_FROM, gate) if gate is not None else _NAMED_FROM)]
+
+
+def beyond(gate: float | None, named: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those named nodes that take more than `gate` times the median."""
+    return [one for one in named if gate is not None and one["factor"] > gate]
 
 
 def _write(folder: Path, found: dict[str, Any], samples: list[Sample]) -> None:
@@ -137,6 +152,5 @@ def _write(folder: Path, found: dict[str, Any], samples: list[Sample]) -> None:
 
 def _check_gate(found: dict[str, Any], gate: float | None) -> None:
     """Raise NodeError naming the nodes that take more than `gate` times the median."""
-    failed = [one for one in found["slow_nodes"] if gate is not None and one["factor"] > gate]
-    if failed:
+    if failed := beyond(gate, found["slow_nodes"]):
         raise NodeError(f"{'; '.join(comm_report.slow_lines(failed))}. The gate is {gate:g}: leave such nodes out, or have them looked after")

@@ -2,7 +2,8 @@
 
 Gradients become ready from the last layer to the first, in proportion to their bytes (layers alike: a transformer's
 are), and are sent in buckets, one after the other, as soon as each is full: Li et al. 2020, PyTorch Distributed. Only
-the last micro batch of a step sends. What is sent beside computation is taken not to slow it.
+the last micro batch of a step sends. What is sent beside computation is taken not to slow it. What a cut model sends is in
+`sharded_cost`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from .collectives import ALGORITHMS, Fabric, Number
+from .sharded_cost import Cut, Passes, traffic
 from .stragglers import NONE, Spread
 
 MIB = 2**20
@@ -44,9 +46,15 @@ class Manner:
     algorithm: str
     """One of `collectives.ALGORITHMS`."""
     sent_fraction: float = 1.0
-    """Bytes on the wire for a byte of gradient: 0.5 for fp32 sent as 16 bits. What compressing takes is not counted."""
+    """Bytes on the wire for a byte of gradient: 0.5 for fp32 sent as 16 bits."""
     micro_batches: int = 1
     """Of a step; all but the last one only compute."""
+    sums: int = 1
+    """Reductions of a bucket, one after the other, between which its bytes are parted: 2 for the factors of PowerSGD."""
+    compress_s: float = 0.0
+    """What compressing computes in a step. Where this is measured it is part of the passes, and 0 here."""
+    cut: Cut | None = None
+    """None: every rank holds the whole model, and gradients go in buckets."""
 
 
 @dataclass(frozen=True)
@@ -84,16 +92,19 @@ def reduction(work: Work, manner: Manner, fabric: Fabric, num_nodes: int) -> tup
     """
     if num_nodes * fabric.ranks_per_node == 1:
         return 0.0, 0.0
+    if manner.cut is not None:
+        return traffic(manner.cut, Passes(work.forward_s, work.backward_s, work.gradient_bytes, manner.micro_batches, manner.algorithm), fabric, num_nodes)
     sizes = bucket_sizes(work.gradient_bytes, manner.bucket_bytes)
     overlapping_s, num_full = work.backward_s / manner.micro_batches, len(sizes) - 1
-    cost, last = (ALGORITHMS[manner.algorithm](size * manner.sent_fraction, num_nodes, fabric) for size in (sizes[0], sizes[-1]))
+    sent = (size * manner.sent_fraction / manner.sums for size in (sizes[0], sizes[-1]))
+    cost, last = (manner.sums * ALGORITHMS[manner.algorithm](size, num_nodes, fabric) for size in sent)
     total = num_full * cost + last
     if not num_full:
-        return total, total
+        return total, total + manner.compress_s
     # All buckets but the last are alike, so both grow evenly with k, and the latest end is with the first, the last but one or the last.
     first_s = sizes[0] / work.gradient_bytes * overlapping_s
     ends = (first_s + total, num_full * first_s + cost + last, overlapping_s + last)
-    return total, np.maximum(np.maximum(ends[0], ends[1]), ends[2]) - overlapping_s
+    return total, np.maximum(np.maximum(ends[0], ends[1]), ends[2]) - overlapping_s + manner.compress_s
 
 
 def predict(work: Work, manner: Manner, fabric: Fabric, num_nodes: int, spread: Spread = NONE) -> Step:

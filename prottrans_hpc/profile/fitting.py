@@ -7,7 +7,7 @@ around its best point: the overlap with the backward pass makes the surface flat
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -82,7 +82,7 @@ def unseen(fitted: Fitted, sizes: Sequence[Size], manner: Manner, ranks_per_node
 
 def _share(size: Size, algorithm: str, manner: Manner, fabric: Fabric) -> np.ndarray:
     """Predicted exposed communication as a share of the measured step."""
-    changed = Manner(manner.bucket_bytes, algorithm, manner.sent_fraction, manner.micro_batches)
+    changed = replace(manner, algorithm=algorithm)
     return np.asarray(reduction(size.work, changed, fabric, size.nodes)[1]) / size.step_s
 
 

@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 
 from ..errors import ConfigError
+from ..recipe_parallel import HALVED
 from . import fitting, measured_steps, what_if
 from .cost_model import MIB, Manner, Work, predict
 from .fitting import Fitted
 from .known_links import AllReduce
 from .measured_steps import Size
 from .scaling import Scaling
+from .sharded_cost import Cut
 
 _NUM_SAMPLES = 200
 """Of the bootstrap."""
@@ -35,10 +37,15 @@ class Model:
     fitted: Fitted
 
     def work_at(self, nodes: int) -> Work:
-        """A node's own work: that of the largest size; in a strong study its passes shrink with what a node has to do."""
+        """A node's own work: that of the largest size; in a strong study its passes shrink with what a node has to do.
+
+        On a computer whose cores all "nodes" share, ranks take turns, and all of it grows with them.
+        """
         largest = self.sizes[-1]
-        share = largest.nodes / nodes if self.study.mode == "strong" else 1.0
-        return replace(largest.work, forward_s=share * largest.work.forward_s, backward_s=share * largest.work.backward_s)
+        turns = self.study.turns(nodes) / self.study.turns(largest.nodes)
+        share = turns * (largest.nodes / nodes if self.study.mode == "strong" else 1.0)
+        own = largest.work
+        return replace(own, forward_s=share * own.forward_s, backward_s=share * own.backward_s, other_s=turns * own.other_s)
 
     def step_s(self, nodes: int) -> float:
         """Predicted; one node as it was measured."""
@@ -71,12 +78,17 @@ def project(study: Scaling, nodes: Sequence[int], *, with_changes: bool, known: 
         "assumptions": _assumptions(study, sizes, known),
         "warnings": _warnings(model),
         "points": [_point(model, samples, error, number) for number in nodes],
-        "what_if": what_if.rows(model.work_at(nodes[-1]), model.manner, fabric, nodes[-1], model.fitted.spread) if with_changes else [],
+        "what_if": what_if.rows(model.work_at(nodes[-1]), model.manner, fabric, nodes[-1], model.fitted.spread, cuts=_cuts(study)) if with_changes else [],
     }
 
 
 def check_enough(study: Scaling, known: AllReduce | None) -> None:
-    """Raises ConfigError that says which sizes are missing."""
+    """Raises ConfigError that says which sizes are missing, or what of the study is not modelled."""
+    if study.sharing.tensor_ranks > study.ranks_per_node:
+        raise ConfigError(
+            f"the study's tensor groups of {study.sharing.tensor_ranks} ranks reach over nodes of {study.ranks_per_node}, so that no size of it tells a "
+            "node's own work from what it waits for: project from a study with parallel.tensor_ranks within a node, or from a machine's numbers, with --machine"
+        )
     counts, to_fit = study.node_counts, 1 if known else fitting.FEWEST_SIZES
     what = "one to find how loaded the links are" if known else f"{to_fit} to fit latency and bandwidth of the links"
     lacks = ["1 node, which overhead is relative to"] if counts[0] != 1 else []
@@ -95,9 +107,38 @@ def back_end(study: Scaling) -> str:
     return "horovod" if study.comm == "horovod" else "nccl" if study.peak_tflops_rank else "gloo"
 
 
-def _model(study: Scaling, sizes: Sequence[Size], known: AllReduce | None) -> Model:
+def manner_of(study: Scaling) -> tuple[Manner, Sequence[str]]:
+    """What the study's ranks sent, and what their reductions may have been."""
+    sharing = study.sharing
     candidates = fitting.CANDIDATES[back_end(study)]
-    manner = Manner(float(study.bucket_mib * MIB), candidates[0])
+    if (sharing.reduction == "hierarchical" or sharing.compression in HALVED) and study.ranks_per_node > 1:
+        candidates = ("hierarchical",)
+    elif sharing.compression in HALVED:
+        candidates = ("ring",)  # an exchange and a gather: its messages, and its bytes
+    fraction = (sharing.sent_bytes or study.gradient_bytes) / study.gradient_bytes
+    sums = 2 if sharing.compression == "powersgd" else 1
+    return Manner(float(study.bucket_mib * MIB), candidates[0], fraction, sums=sums, cut=_cut(study)), candidates
+
+
+def _cut(study: Scaling) -> Cut | None:
+    """Within a node nothing is counted, so activations of tensor groups are not: on one node, where work is taken from, they are in the passes."""
+    return _cut_over(study, study.sharing.shard_ranks) if study.sharing.is_cut else None
+
+
+def _cut_over(study: Scaling, shards: int | None) -> Cut:
+    sharing, is_gloo = study.sharing, back_end(study) == "gloo"
+    rounds = 2 if is_gloo else 1
+    return Cut(shards, sharing.units or 1, float(study.gradient_bytes), sharing.tensor_ranks, overlaps=not is_gloo, scatter_rounds=rounds)
+
+
+def _cuts(study: Scaling) -> dict[str, Cut]:
+    """Other ways to cut the model, which Horovod has not, and of which older studies do not say enough."""
+    known = study.sharing.units is not None and study.comm == "torch"
+    return what_if.other_cuts(_cut_over(study, None), study.ranks_per_node) if known else {}
+
+
+def _model(study: Scaling, sizes: Sequence[Size], known: AllReduce | None) -> Model:
+    manner, candidates = manner_of(study)
     fitted = fitting.fit(sizes, manner, study.ranks_per_node, candidates, known)
     return Model(study, sizes, replace(manner, algorithm=fitted.algorithm), fitted)
 
@@ -159,20 +200,38 @@ def _fit_facts(model: Model) -> dict[str, Any]:
 
 def _assumptions(study: Scaling, sizes: Sequence[Size], known: AllReduce | None) -> list[str]:
     work = "shrinks as the nodes' share of the batch" if study.mode == "strong" else f"stays that of {sizes[-1].nodes} nodes"
+    if study.hardware.get("shared_cores"):
+        work += ", times the ranks for each of the cores that all nodes share"
     return [
         f"a node's own work {work}; node times vary independently, none is always slow",
-        "gradients become ready evenly over the backward pass of one micro batch a step, and sending them does not slow it",
+        _sending_text(study),
         "links, their load and the reduction's algorithm stay as they were; within a node nothing is counted",
         *([f"latency and bandwidth are in the ratio that {known.backend}'s all-reduce showed on {known.nodes} nodes"] if known else []),
         f"the range: 95 % of {_NUM_SAMPLES} bootstrap samples over points and steps, widened by the error of the size left out",
     ]
 
 
+def _sending_text(study: Scaling) -> str:
+    sharing = study.sharing
+    if sharing.is_cut:
+        return (
+            f"a cut model ({sharing.sharding}, tensor groups of {sharing.tensor_ranks}) brings {sharing.units} equal parts together and cuts their "
+            "gradients again, in one micro batch a step; its own passes are those of one node, and what they take longer on more is communication"
+        )
+    sent = {"none": "", "powersgd": ", as two factors"}.get(sharing.compression, f", in {sharing.compression}")
+    return f"gradients become ready evenly over the backward pass of one micro batch a step, and sending them{sent} does not slow it"
+
+
 def _warnings(model: Model) -> list[str]:
     first, last = model.sizes[0].work, model.sizes[-1].work
     found = []
     drift = last.local_s / first.local_s - 1.0
-    if model.study.mode == "weak" and abs(drift) > _DRIFT:
+    if cores := model.study.hardware.get("shared_cores"):
+        found.append(
+            f"all nodes shared the {cores} cores of one computer: projected are more nodes on the same cores, where ranks take turns, not a machine "
+            "whose nodes have their own"
+        )
+    elif model.study.mode == "weak" and not model.study.sharing.is_cut and abs(drift) > _DRIFT:
         why = "they share something (cores, memory, disk)" if drift > 0 else "something else used the machine, or the sizes had other batches"
         found.append(
             f"a node's own work took {100 * abs(drift):.0f} % {'longer' if drift > 0 else 'less'} on {model.sizes[-1].nodes} nodes than on one: {why}, "

@@ -1,13 +1,14 @@
 """What a scaling study says of each size, as a cost model needs it: its own work, the wait for the slowest node, and what reductions add.
 
 Checkpoints are left out of steps: how often they come is the recipe's choice. What a rank waits for gradients contains the wait
-for slower nodes; the skew of the step is taken off, and what is left is the reduction's.
+for slower nodes; the skew of the step is taken off, and what is left is the reduction's. A cut model talks within its passes, and
+the ledger does not tell that apart: what they take longer than on one node is communication then, and what a node waits there for others is part of it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -49,7 +50,16 @@ def _drawn(points: Sequence[Point], generator: np.random.Generator) -> tuple[Poi
 
 def sizes_of(study: Scaling, draw: Draw) -> list[Size]:
     """Ascending."""
-    return [_size(study, nodes, draw[nodes]) for nodes in study.node_counts]
+    sizes = [_size(study, nodes, draw[nodes]) for nodes in study.node_counts]
+    return [_beside_one_node(size, sizes[0], study) for size in sizes] if study.sharing.is_cut else sizes
+
+
+def _beside_one_node(size: Size, one: Size, study: Scaling) -> Size:
+    """A cut model's own passes are those of one node, or in a strong study a node's share of them; longer where ranks take turns on the same cores."""
+    share = (one.nodes / size.nodes if study.mode == "strong" else 1.0) * study.turns(size.nodes) / study.turns(one.nodes)
+    work = replace(size.work, forward_s=share * one.work.forward_s, backward_s=share * one.work.backward_s)
+    longer_s = size.work.forward_s + size.work.backward_s - work.forward_s - work.backward_s
+    return replace(size, work=work, exposed_comm_s=max(0.0, longer_s + size.exposed_comm_s))
 
 
 def _size(study: Scaling, nodes: int, chosen: Sequence[tuple[Point, np.ndarray]]) -> Size:

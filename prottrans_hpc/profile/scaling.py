@@ -75,6 +75,28 @@ class Point:
 
 
 @dataclass(frozen=True, config=STRICT)
+class Sharing:
+    """What ranks send one another, as far as it is not gradients in buckets."""
+
+    reduction: str = "flat"
+    """As in the recipe, and so are the next two."""
+    compression: str = "none"
+    sharding: str = "none"
+    shard_ranks: Count | None = None
+    """Tensor groups that a copy is cut over; None: all, or none is cut."""
+    tensor_ranks: Count = 1
+    units: Count | None = None
+    """Parts that a cut model brings together by themselves; None in older studies, in which none was cut."""
+    sent_bytes: Count | None = None
+    """That a rank sends for its gradients; None: as many as they have."""
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether ranks hold parts of the model."""
+        return self.sharding != "none" or self.tensor_ranks > 1
+
+
+@dataclass(frozen=True, config=STRICT)
 class Scaling:
     """A scaling study."""
 
@@ -96,11 +118,17 @@ class Scaling:
     hardware: dict[str, Any]
     versions: dict[str, str]
     points: tuple[Point, ...]
+    sharing: Sharing = Sharing()
 
     @property
     def node_counts(self) -> tuple[int, ...]:
         """The measured sizes, ascending."""
         return tuple(sorted({point.nodes for point in self.points}))
+
+    def turns(self, nodes: int) -> float:
+        """Ranks of so many nodes for each core that they share, where all nodes are one computer; 1 where every rank has cores of its own."""
+        cores = self.hardware.get("shared_cores")
+        return max(1.0, nodes * self.ranks_per_node / cores) if cores else 1.0
 
     def at(self, nodes: int) -> tuple[Point, ...]:
         """The repetitions at one size."""
@@ -108,8 +136,11 @@ class Scaling:
 
 
 def write_scaling(path: Path, scaling: Scaling) -> None:
-    """Write scaling.json durably."""
-    durable.write_json(path, {"format": FORMAT, **config.to_json(scaling)})
+    """Write scaling.json durably; of an older study, which did not say what was sent, as it was."""
+    values = config.to_json(scaling)
+    if scaling.sharing == Sharing():
+        del values["sharing"]
+    durable.write_json(path, {"format": FORMAT, **values})
 
 
 def read_scaling(path: Path) -> Scaling:

@@ -12,9 +12,12 @@ from ..precision_levels import LEVELS
 from ..run_dir import Run, RunDir, read_run
 from ..scaling_study import Study, StudyDir, StudyPoint
 from ..train.curve import read_lines
-from .scaling import PARTS, Ledger, NodeShare, Point, Scaling
+from .model_facts import model_facts
+from .scaling import PARTS, Ledger, NodeShare, Point, Scaling, Sharing
 
 Record = Mapping[str, Any]
+_HALF_BYTES = 2
+"""Of a gradient that is sent in fp16 or bf16."""
 
 
 def collect(folder: StudyDir, study: Study) -> Scaling:
@@ -47,6 +50,25 @@ def collect(folder: StudyDir, study: Study) -> Scaling:
         hardware=_hardware(environment, largest.ranks, is_local=first.machine.scheduler == "local"),
         versions={str(name): str(version) for name, version in environment["versions"].items()},
         points=points,
+        sharing=_sharing(first, gradient_bytes=parameters * LEVELS[first.recipe.precision].weight_bytes),
+    )
+
+
+def _sharing(run: Run, *, gradient_bytes: int) -> Sharing:
+    parallel, chosen = run.recipe.parallel, architecture.get(run.recipe.architecture.name)
+    facts = model_facts(chosen, chosen.size(run.recipe.architecture.size).shape, parallel)
+    level = LEVELS[run.recipe.precision]
+    sent = {"none": None, "powersgd": facts.factor_numbers * level.weight_bytes}
+    # Local "nodes" are one computer: a copy of a hybrid is then cut over all of them.
+    default = None if run.machine.scheduler == "local" else max(1, run.allocation.ranks_per_node // parallel.tensor_ranks)
+    return Sharing(
+        reduction=parallel.reduction,
+        compression=parallel.compression,
+        sharding=parallel.sharding,
+        shard_ranks={"none": 1, "full": None, "hybrid": parallel.shard_ranks or default}[parallel.sharding],
+        tensor_ranks=parallel.tensor_ranks,
+        units=facts.units,
+        sent_bytes=sent.get(parallel.compression, min(gradient_bytes, _HALF_BYTES * gradient_bytes // level.weight_bytes)),
     )
 
 
@@ -55,7 +77,12 @@ def _hardware(environment: Record, num_ranks: int, *, is_local: bool) -> dict[st
     hardware = {key: environment[key] for key in ("devices", "cpu", "operating_system", "cuda", "starter") if environment.get(key) is not None}
     cores = environment["cpu"]["usable_cores"]
     shares = is_local and num_ranks > cores and environment.get("cuda") is None
-    return hardware | ({"note": f"{num_ranks} ranks shared {cores} cores of one computer: the overhead holds that"} if shares else {})
+    return hardware | (shared(num_ranks, cores) if shares else {})
+
+
+def shared(num_ranks: int, cores: int) -> dict[str, Any]:
+    """What the hardware of a study says where its "nodes" are one computer with fewer cores than ranks."""
+    return {"note": f"{num_ranks} ranks shared {cores} cores of one computer: the overhead holds that", "shared_cores": cores}
 
 
 def _peak_tflops(run: Run) -> float | None:

@@ -5,17 +5,22 @@ then is the step computed once more, on each rank by itself: a batch is a functi
 random numbers of a model, so the same numbers must come out. What is not finite again is a matter of the numbers, and its
 rank, samples and first parameter are known. What comes out otherwise on the same rank is a matter of its hardware.
 A step that goes well pays nothing.
+
+Ranks that hold a model together compute again together. With FSDP each has its own batches and, layer by layer, whole gradients
+of its own, which are looked at before they are added up: again the rank is known. The ranks of a tensor group work on the same
+samples and hand one another what they compute, so what one of them meets may show in the losses of all; of gradients, each looks
+at those of its own parts.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -25,6 +30,9 @@ from ..architecture import Batch
 from .loader import LoadedStep
 from .session import Session
 from .step import on_device, step_seed, with_token_counts
+
+if TYPE_CHECKING:
+    from ..comm_sharded import ShardedModel
 
 _log = logging.getLogger(__name__)
 
@@ -64,15 +72,15 @@ class Replay:
 
 def explain(session: Session, loaded: LoadedStep, losses: Sequence[float]) -> None:
     """Find out why a step was skipped, and tell it in the log and the history. `losses` are those of this rank's micro batches. Collective."""
-    if not session.layout.is_plain:  # of a cut model no rank has gradients of its own
-        return
     with whereabouts.patiently("looking for the cause of non-finite numbers"):
         replays = [_replay(session, loaded) for _ in range(2)]
         session.model.zero_gradients()
         found = findings(session.comm.rank, loaded.micro_batches, losses, replays, exact=_is_exact(loaded), bitwise=session.comm.device.type == "cpu")
         told = session.comm.all_gather_object([[asdict(one) for one in found], max((replay.peak for replay in replays[0]), default=0.0)])
-    everywhere = [Finding(**one) for rank_found, _ in told for one in rank_found]
-    _tell(session, loaded, everywhere, verdict(everywhere, sum(peak for _, peak in told), exact=_is_exact(loaded)))
+    group = session.layout.num_tensor  # whose ranks have gradients of the same samples
+    everywhere = origins([Finding(**one) for rank_found, _ in told for one in rank_found], group)
+    peaks = sum(max(peak for _, peak in told[first : first + group]) for first in range(0, len(told), group))
+    _tell(session, loaded, everywhere, verdict(everywhere, peaks, exact=_is_exact(loaded)))
 
 
 def _is_exact(loaded: LoadedStep) -> bool:
@@ -91,20 +99,23 @@ def _replay(session: Session, loaded: LoadedStep) -> list[Replay]:
 
 def _one(session: Session, batch: Batch, multiplier: float) -> Replay:
     session.model.zero_gradients()
-    bad: list[str] = []
-    with session.model.no_sync(), _noting_bad_gradients(session, bad):
+    replay = Replay(math.nan)
+    with _noting_gradients(session)(partial(_note, session, replay)):
         with session.forward():
             result = session.model.module(batch)
         session.model.backward(result.loss if multiplier == 1.0 else result.loss * multiplier)
-    gradients = [parameter.grad for parameter in session.module.parameters() if parameter.grad is not None]
     whereabouts.moved()
-    limits = [_largest(session, gradient) for gradient in gradients]
-    return Replay(
-        float(result.loss.detach().double()),
-        bad,
-        float(sum(gradient.double().square().sum() for gradient in gradients)),
-        max((float(gradient.abs().max()) / limit for gradient, limit in zip(gradients, limits, strict=True) if gradient.numel()), default=0.0),
-    )
+    replay.loss = float(result.loss.detach().double())
+    return replay
+
+
+def _note(session: Session, replay: Replay, name: str, gradient: Tensor) -> None:
+    """Put down what is to be known of one complete gradient."""
+    if not bool(gradient.isfinite().all()):
+        replay.bad.append(name)
+    replay.square += float(gradient.double().square().sum())
+    if gradient.numel():
+        replay.peak = max(replay.peak, float(gradient.abs().max()) / _largest(session, gradient))
 
 
 def _largest(session: Session, gradient: Tensor) -> float:
@@ -113,21 +124,29 @@ def _largest(session: Session, gradient: Tensor) -> float:
     return torch.finfo(sent_as).max
 
 
-@contextmanager
-def _noting_bad_gradients(session: Session, bad: list[str]) -> Iterator[None]:
-    """In here each parameter whose gradient is complete and not finite adds its name."""
+Noting = Callable[[Callable[[str, Tensor], None]], AbstractContextManager[None]]
+"""Makes a context in which a function is called with the name of every parameter and this rank's gradient of it, as soon as that is complete."""
 
-    def note(name: str, parameter: Tensor) -> None:
-        if parameter.grad is not None and not bool(parameter.grad.isfinite().all()):
-            bad.append(name)
+
+def _noting_gradients(session: Session) -> Noting:
+    # A cut model's gradients are added up as in a step: what copies hold back in its `no_sync` would enter the next sum.
+    return partial(_noting_whole, session) if session.layout.is_plain else cast("ShardedModel", session.model).noting_gradients
+
+
+@contextmanager
+def _noting_whole(session: Session, note: Callable[[str, Tensor], None]) -> Iterator[None]:
+    def noted(name: str, parameter: Tensor) -> None:
+        if parameter.grad is not None:
+            note(name, parameter.grad)
 
     handles = [
-        parameter.register_post_accumulate_grad_hook(partial(note, name))  # type: ignore[no-untyped-call]
+        parameter.register_post_accumulate_grad_hook(partial(noted, name))  # type: ignore[no-untyped-call]
         for name, parameter in session.module.named_parameters()
         if parameter.requires_grad
     ]
     try:
-        yield
+        with session.model.no_sync():
+            yield
     finally:
         for handle in handles:
             handle.remove()
@@ -148,6 +167,12 @@ def findings(rank: int, batches: Sequence[Batch], losses: Sequence[float], repla
             what = "gradient" if math.isfinite(first.loss) else "loss"
             found.append(replace(where, what=what, parameter=next(iter(first.bad), None), num_parameters=len(first.bad)))
     return found
+
+
+def origins(found: Sequence[Finding], num_tensor: int) -> list[Finding]:
+    """Without the gradients that are not finite because another rank of the tensor group has such a loss of the same samples."""
+    losses = {(one.rank // num_tensor, one.micro_batch) for one in found if one.what == "loss"}
+    return [one for one in found if one.what != "gradient" or (one.rank // num_tensor, one.micro_batch) not in losses]
 
 
 def _agree(one: float, other: float, bitwise: bool) -> bool:

@@ -88,14 +88,16 @@ def _git(folder: Path, *arguments: str) -> str:
     return subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True, timeout=20).stdout.strip()
 
 
-def describe_start(comm: Comm, context: RankContext, *, start_id: str) -> dict[str, Any]:
-    """The content of environment.json. Collective: each rank tells its host and device."""
+def describe_start(comm: Comm, context: RankContext, *, start_id: str) -> dict[str, Any] | None:
+    """The content of environment.json on rank 0, None elsewhere. Collective: each rank tells its host and device."""
     ranks = comm.all_gather_object([context.hostname, _device_name(comm.device)])
+    if not context.is_main:  # looking up versions and hardware costs files and a process
+        return None
     return {
         "time": now(),
         "start_id": start_id,
         "command_line": sys.orig_argv,
-        "git": git_commit() if context.is_main else None,
+        "git": git_commit(),
         "versions": versions(),
         "modules": [name for name in os.environ.get("LOADEDMODULES", "").split(":") if name],
         "starter": context.starter,

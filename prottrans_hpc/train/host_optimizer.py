@@ -4,6 +4,9 @@ What lies on the host is the fp32 weights (the masters, where weights are half) 
 of LAMB and Adam (Ren et al. 2021, ZeRO-Offload, section 4). Tensors go in groups: while one group is updated by the CPU
 kernels, the gradients of the next arrive and the weights of the one before leave, each on a stream of their own from and
 to page-locked memory. Where the parameters are on the host already there is nothing to move, and the usual optimizer is built.
+
+Of parameters that are cut over ranks, each rank has its own pieces on its host, and updates them; norms are of whole tensors, summed over the ranks
+group by group. All ranks form the same groups.
 """
 
 from __future__ import annotations
@@ -16,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from ..recipe import Recipe
-from .optim import Optimizer, build_optimizer, load_into
+from . import pieces
+from .optim import Optimizer, SumOverRanks, build_optimizer, load_into, unsharded
 
 GROUP_PARAMETERS = 1 << 24
 """Parameters that travel together, at most; a larger tensor goes alone."""
@@ -26,19 +30,25 @@ _NUM_BUFFERS = 2
 
 @dataclass
 class Mirror:
-    """A parameter on the device and its fp32 weights on the host."""
+    """A parameter on the device and its fp32 weights on the host, cut alike."""
 
     parameter: Tensor
     weights: Tensor
     is_master: bool
     """Whether the fp32 weights are the truth; else they are read from the parameter when it has changed."""
-    version: int = -1
-    """torch's count of changes of the parameter at which both were the same."""
+    seen: tuple[int, int] | None = None
+    """`state` of the parameter when both were the same."""
 
     @property
     def is_current(self) -> bool:
         """Whether the weights on the host need not be read again. Half weights without masters always are: they were rounded."""
-        return self.is_master or (self.parameter.dtype == torch.float32 and self.version == self.parameter._version)
+        return self.is_master or (self.parameter.dtype == torch.float32 and self.seen == self.state)
+
+    @property
+    def state(self) -> tuple[int, int]:
+        """Where this rank's part of the parameter lies, which FSDP may change, and torch's count of changes of it."""
+        own = pieces.local(self.parameter)
+        return own.data_ptr(), own._version
 
 
 @dataclass
@@ -97,18 +107,21 @@ class HostOptimizer:
         self._going = {dtype: [self._buffer(dtype) for _ in range(_NUM_BUFFERS)] for dtype in half}
 
     def _group(self, names: list[str], parameters: Mapping[str, Tensor], masters: Mapping[str, Tensor], build: Callable[..., Optimizer]) -> Group:
-        weights = {name: masters[name] if name in masters else nn.Parameter(self._empty(parameters[name].shape)) for name in names}
+        weights = {name: masters[name] if name in masters else self._mirrored(parameters[name]) for name in names}
         return Group([Mirror(parameters[name], weights[name], is_master=name in masters) for name in names], build(weights))
+
+    def _mirrored(self, parameter: Tensor) -> Tensor:
+        return nn.Parameter(pieces.elsewhere(self._empty(pieces.local(parameter).shape), parameter))
 
     def _empty(self, shape: torch.Size | int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, pin_memory=self._pins)
 
     def _buffer(self, dtype: torch.dtype) -> Tensor:
-        return self._empty(max(sum(mirror.parameter.numel() for mirror in group.mirrors) for group in self._groups), dtype)
+        return self._empty(max(sum(pieces.largest_numel(mirror.parameter) for mirror in group.mirrors) for group in self._groups), dtype)
 
     @torch.no_grad()
     def step(self, learning_rate: float, gradient_factor: float = 1.0) -> None:
-        """One update; the host waits for the gradients, the device for the weights."""
+        """One update; the host waits for the gradients, the device for the weights. Collective where parameters are cut."""
         arrivals = [self._fetch(0)]
         departures: list[Callable[[], None]] = []
         for index, group in enumerate(self._groups):
@@ -126,12 +139,12 @@ class HostOptimizer:
         """Begin to copy what a group's update reads; returns how to wait for it."""
         with self._arriving.copying():
             for mirror, place, half in self._places(index, self._coming):
-                gradient = mirror.parameter.grad
-                mirror.weights.grad = None if gradient is None else place
+                gradient = None if mirror.parameter.grad is None else pieces.gradient(mirror.parameter)
+                mirror.weights.grad = None if gradient is None else pieces.elsewhere(place, mirror.weights)
                 if gradient is not None:
                     (place if half is None else half).copy_(gradient, non_blocking=True)
                 if not mirror.is_current and mirror.parameter.dtype == torch.float32:
-                    mirror.weights.copy_(mirror.parameter, non_blocking=True)
+                    pieces.local(mirror.weights).copy_(pieces.local(mirror.parameter), non_blocking=True)
         return self._arriving.mark()
 
     def _widen(self, index: int) -> None:
@@ -142,29 +155,30 @@ class HostOptimizer:
             if mirror.parameter.grad is not None:
                 place.copy_(half)
             if not mirror.is_current:
-                mirror.weights.copy_(mirror.parameter)
+                pieces.local(mirror.weights).copy_(pieces.local(mirror.parameter))
 
     def _send(self, index: int) -> Callable[[], None]:
         """Begin to copy a group's new weights to the device; returns how to wait for it."""
         places = list(self._places(index, self._going))
         for mirror, _, half in places:
             if half is not None:
-                half.copy_(mirror.weights)
+                half.copy_(pieces.local(mirror.weights))
         with self._leaving.copying():
             for mirror, _, half in places:
-                mirror.parameter.copy_(mirror.weights if half is None else half, non_blocking=True)
-                mirror.version = mirror.parameter._version
+                pieces.local(mirror.parameter).copy_(pieces.local(mirror.weights) if half is None else half, non_blocking=True)
+                mirror.seen = mirror.state
                 mirror.weights.grad = None
         return self._leaving.mark()
 
     def _places(self, index: int, halves: Mapping[torch.dtype, list[Tensor]]) -> Iterator[tuple[Mirror, Tensor, Tensor | None]]:
-        """Each mirror of a group, where its fp32 gradient lies, and for half parameters where half numbers come or go."""
+        """Each mirror of a group, where its fp32 gradient (this rank's part) lies, and for half parameters where half numbers come or go."""
         start, number = 0, index % _NUM_BUFFERS
         for mirror in self._groups[index].mirrors:
-            piece = slice(start, start := start + mirror.parameter.numel())
-            buffers = halves.get(mirror.parameter.dtype)
-            half = None if buffers is None else buffers[number][piece].view(mirror.parameter.shape)
-            yield mirror, self._buffers[number][piece].view(mirror.parameter.shape), half
+            own = pieces.local(mirror.parameter)
+            piece = slice(start, start := start + own.numel())
+            buffers = halves.get(own.dtype)
+            half = None if buffers is None else buffers[number][piece].view(own.shape)
+            yield mirror, self._buffers[number][piece].view(own.shape), half
 
     def state_dict(self) -> dict[str, Tensor]:
         """That of the optimizer; what the groups hold, together."""
@@ -176,18 +190,19 @@ class HostOptimizer:
         for group in self._groups:
             group.optimizer.load_state_dict({name: state[name] for name in group.optimizer.state_dict()})
             for mirror in group.mirrors:
-                mirror.version = -1
+                mirror.seen = None
 
 
 def _shares(parameters: Mapping[str, Tensor], most: int) -> list[list[str]]:
-    """Names by group, in order."""
+    """Names by group, in order; what counts of a parameter that is cut is its largest piece, so that all ranks agree."""
     groups: list[list[str]] = [[]]
     total = 0
     for name, parameter in parameters.items():
-        total += parameter.numel()
+        number = pieces.largest_numel(parameter)
+        total += number
         if groups[-1] and total > most:
             groups.append([])
-            total = parameter.numel()
+            total = number
         groups[-1].append(name)
     return groups
 
@@ -199,11 +214,15 @@ def moves(recipe: Recipe, device: torch.device) -> bool:
 
 def on_host(masters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """fp32 masters in page-locked host memory; a tied weight, which has several names, stays one tensor."""
-    moved = {id(master): nn.Parameter(master.detach().cpu().pin_memory()) for master in masters.values()}
+    moved = {id(master): nn.Parameter(pieces.elsewhere(pieces.local(master).detach().cpu().pin_memory(), master)) for master in masters.values()}
     return {name: moved[id(master)] for name, master in masters.items()}
 
 
-def build_host_optimizer(module: nn.Module, masters: Mapping[str, Tensor], recipe: Recipe) -> Optimizer:
+def build_host_optimizer(module: nn.Module, masters: Mapping[str, Tensor], recipe: Recipe, sum_over_ranks: SumOverRanks = unsharded) -> Optimizer:
     """The recipe's optimizer, on the host, for all parameters that require gradients; allocates its state there."""
     trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
-    return HostOptimizer(trained, masters, lambda weights: build_optimizer(weights.items(), recipe.optimizer), group_parameters=GROUP_PARAMETERS)
+
+    def build(weights: dict[str, Tensor]) -> Optimizer:
+        return build_optimizer(weights.items(), recipe.optimizer, sum_over_ranks)
+
+    return HostOptimizer(trained, masters, build, group_parameters=GROUP_PARAMETERS)

@@ -1,7 +1,7 @@
 """What a model with memory remembers of this rank's lanes from one step to the next: part of the training state.
 
-It stays on the device, a tensor a micro batch as the model returned it, lanes first. In a checkpoint each rank has a file
-with its own lanes, named by them, so that any number of ranks that divides the lanes finds what it needs.
+It stays on the device, a tensor a micro batch as the model returned it, lanes first. In a checkpoint each rank (of a tensor group,
+the first) has a file with its own lanes, named by them, so that any number of ranks that divides the lanes finds what it needs.
 """
 
 from __future__ import annotations

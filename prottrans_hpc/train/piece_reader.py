@@ -1,11 +1,12 @@
 """Reads the tensors of one kind out of a checkpoint's files, whole or in part; every byte that is used was verified.
 
-Files are read one after another and dropped, so that host memory holds the result and one file.
+Files are read one after another and dropped, so that host memory holds the result and one file; and by a rank that needs pieces
+only, the result and one tensor, however few the files are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +34,10 @@ class Source:
     def read(self, name: str) -> dict[str, Tensor]:
         """A file's content. Raises ValueError, KeyError or OSError."""
         return tensor_file.read(self.folder / name, sha256=self.seals[name].sha256)
+
+    def read_each(self, name: str) -> Iterator[tuple[str, Tensor]]:
+        """A file's tensors one by one. Raises ValueError, KeyError or OSError, for a damaged file behind the last."""
+        return tensor_file.read_each(self.folder / name, sha256=self.seals[name].sha256)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Of the whole tensors."""
@@ -65,5 +70,6 @@ def read_own(source: Source, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
     files = source.plan.files_with(source.kind, {name: box for name, box in boxes.items() if volume(box)}) if source.plan else source.files
     assembly = Assembly(boxes)
     for file in files:
-        assembly.take(source.read(file))
+        for name, tensor in source.read_each(file):
+            assembly.take({name: tensor})
     return {name: torch.empty(shape, device="meta") for name, shape in shapes.items() if name not in boxes} | assembly.finish()

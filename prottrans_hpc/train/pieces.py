@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
@@ -108,9 +108,14 @@ def cut_out(whole: Tensor, like: Tensor) -> Tensor:
     return whole[tuple(slice(begin, end) for begin, end in division_of(like).box_of(own_rank()))]
 
 
-def cut_all(wholes: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`cut_out` of every tensor that `like` has under the same name; others stay whole."""
-    return {name: cut_out(tensor, like[name]) if name in like else tensor for name, tensor in wholes.items()}
+def elsewhere(part: Tensor, like: Tensor) -> Tensor:
+    """A tensor in the memory of `part`, divided as `like` is, whatever device that memory is of: `wrap` would move it to that of `like`."""
+    return type(like)(part, like._spec, requires_grad=False) if is_divided(like) else part  # as FSDP2 makes what it keeps on the host
+
+
+def largest_numel(tensor: Tensor) -> int:
+    """Elements of the largest piece that any rank holds; the same on every rank."""
+    return volume(division_of(tensor).box_of(0))  # no part is larger than the first
 
 
 def wrap(part: Tensor, like: Tensor) -> Tensor:

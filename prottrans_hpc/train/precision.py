@@ -77,6 +77,20 @@ def lower_weights(module: nn.Module, precision: str) -> dict[str, Tensor]:
     return {name: masters[id(tensor)] for name, tensor in module.state_dict(keep_vars=True).items() if id(tensor) in masters}
 
 
+@torch.no_grad()
+def cut_masters(masters: Mapping[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
+    """Of each whole master this rank's piece, cut as the half weight that the sharded module has under its name. Those of masters on the
+    meta device have memory, too, of undefined content."""
+    own, cut = module.state_dict(keep_vars=True), dict[int, Tensor]()
+    for name, master in masters.items():
+        if id(master) not in cut:
+            part = torch.empty_like(pieces.local(own[name]), dtype=torch.float32)
+            if not master.is_meta:
+                part.copy_(pieces.cut_out(master, own[name]))
+            cut[id(master)] = nn.Parameter(pieces.wrap(part, own[name]))
+    return {name: cut[id(master)] for name, master in masters.items()}
+
+
 def is_norm(module: nn.Module) -> bool:
     """Whether a module normalises; an architecture's own ones are called ...Norm."""
     return isinstance(module, (nn.LayerNorm, nn.RMSNorm)) or type(module).__name__.endswith("Norm")
@@ -94,14 +108,13 @@ def put_weights(module: nn.Module, masters: Mapping[str, Tensor], weights: Mappi
     """Load weights into a module and its masters, of a sharded module this rank's pieces. Raises RuntimeError when they do not fit, before masters change."""
     own = module.state_dict()
     if pieces.is_sharded(own.values()):
-        faults = misfits(own, weights)
+        faults = misfits({**own, **masters}, weights)
         if faults:
             raise RuntimeError(faults)
         copy_into(own, weights)
     else:
         module.load_state_dict(weights, strict=True)
-    for name, master in masters.items():
-        master.copy_(weights[name])
+    copy_into(masters, weights)
 
 
 class HalfWeights:
@@ -119,20 +132,21 @@ class HalfWeights:
     def step(self, learning_rate: float, gradient_factor: float = 1.0) -> None:
         """One update of the fp32 weights; the half ones are these, rounded."""
         for parameter, copy in self._pairs:
+            own, wide = pieces.local(parameter), pieces.local(copy)
             if not self._keeps:
-                copy.untyped_storage().resize_(copy.numel() * copy.element_size())
-                copy.copy_(parameter)
-            copy.grad = None if parameter.grad is None else parameter.grad.float()
+                wide.untyped_storage().resize_(wide.numel() * wide.element_size())
+                wide.copy_(own)
+            copy.grad = None if parameter.grad is None else pieces.wrap(pieces.gradient(parameter).float(), copy)
         self._optimizer.step(learning_rate, gradient_factor)
         for parameter, copy in self._pairs:
-            parameter.copy_(copy)
+            pieces.local(parameter).copy_(pieces.local(copy))
             copy.grad = None
         self._free()
 
     def _free(self) -> None:
         if not self._keeps:
             for _, copy in self._pairs:
-                copy.untyped_storage().resize_(0)
+                pieces.local(copy).untyped_storage().resize_(0)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The optimizer's own, fp32; masters are saved as the model's weights."""

@@ -14,12 +14,13 @@ from ..corpus.lanes import own_lanes
 from ..corpus.order import SamplePosition, position_from_json
 from ..errors import CheckpointError, IdentityError
 from ..stage import find
-from . import ancestor, checkpoint, environment, pieces
+from . import ancestor, checkpoint, environment
 from .checkpoint import Checkpoint
 from .precision import put_weights
 from .saving import LaneTensors
 from .schedule import phase_of
 from .session import Progress, Session
+from .starting_weights import put_starting_weights
 
 _log = logging.getLogger(__name__)
 
@@ -64,8 +65,9 @@ def memory_of(session: Session) -> LaneTensors | None:
     if not session.record.lanes or session.run.recipe.checkpoint.lane_memory == "dropped":
         return None
     num_lanes = _num_lanes(session, session.progress.step - 1)
-    tensors = session.memory.tensors(own_lanes(num_lanes, session.comm.rank, session.comm.world_size).start)
-    return LaneTensors(num_lanes, tensors) if tensors else None
+    num_shares = session.layout.num_data_ranks
+    tensors = session.memory.tensors(own_lanes(num_lanes, session.data_rank, num_shares).start)
+    return LaneTensors(num_lanes, num_shares, tensors) if tensors else None
 
 
 def _num_lanes(session: Session, step: int) -> int:
@@ -80,13 +82,15 @@ def restore(session: Session, *, multiple_of: int = 1) -> str | None:
     """
     steps = session.comm.broadcast_object(session.run_dir.checkpoint_steps()[::-1])
     steps = [step for step in steps if step % multiple_of == 0] or steps
-    own = functools.partial(own_lanes, rank=session.comm.rank, world_size=session.comm.world_size)
+    own = functools.partial(own_lanes, rank=session.data_rank, world_size=session.layout.num_data_ranks)
     found = checkpoint.read_newest(session.run_dir, steps, agreement(session.comm), lanes_of=own, own=tensors_of(session))
     if found is None:
         _begin(session)
     else:
         check_identity(found, identity(session))
         _apply(session, found)
+    # What compression left out of steps that are undone must not come back: a return within a process is one in a new process.
+    session.model.forget()
     session.last_saved = session.progress.step
     session.node_timings.begin_at(session.progress.step)
     if session.records is not None:
@@ -137,9 +141,7 @@ def _apply(session: Session, found: Checkpoint) -> None:
 def _begin(session: Session) -> None:
     """The state before the first step; the starting weights are there already unless non-finite numbers led back here."""
     if session.progress.step:
-        fresh = find(session.record.build)(session.shape)  # drawn in fp32, whatever the weights are held in
-        fresh.initialise(session.run.recipe.seed)
-        put_weights(session.module, session.masters, pieces.cut_all(fresh.state_dict(), like=session.module.state_dict()))
+        _draw_again(session)
         forget_moments(session)
         if session.loss_scale:
             session.loss_scale.take(None)
@@ -148,6 +150,16 @@ def _begin(session: Session) -> None:
     session.progress = Progress(0, SamplePosition(), 0)
     if session.run.init is not None:
         ancestor.take_weights(session, session.run.init, agreement(session.comm), own=tensors_of(session))
+
+
+def _draw_again(session: Session) -> None:
+    seed = session.run.recipe.seed
+    if not session.layout.is_plain:
+        put_starting_weights(session.module, session.masters, session.record, session.shape, seed)
+        return
+    fresh = find(session.record.build)(session.shape)  # drawn in fp32, whatever the weights are held in
+    fresh.initialise(seed)
+    put_weights(session.module, session.masters, fresh.state_dict())
 
 
 def forget_moments(session: Session) -> None:

@@ -3,12 +3,19 @@
 Each of a few ranks writes its share of the tensors. What it wrote (sizes and SHA-256) travels to rank 0 inside the
 loop's own status all-reduce, so a save costs no collective of its own; rank 0 then seals and renames the folder in
 its thread. Until that rename no reader sees anything, and afterwards everything is there (see durable.py).
+
+A file is forced to storage by who wrote it: another node's fsync does not reach its cache, and takes rank 0 long for thousands
+of files. In this order: every writer's bytes, fsync of the file and of the temporary folder (its name), and its report; when all
+have reported, on rank 0, fsync of the training's records, state.json, the manifest, each with its name; the rename, and fsync of
+the folder of checkpoints. So whenever the machine stops, the folder has no name yet, or every byte that its manifest tells of is
+on storage. A file that rank 0 cannot see by then fails the save. But for one listing, its calls do not grow with the files.
 """
 
 from __future__ import annotations
 
 import errno
 import logging
+import os
 import shutil
 import threading
 from collections.abc import Mapping
@@ -20,6 +27,7 @@ import torch
 
 from .. import durable, errors
 from ..comm import Comm
+from ..durable import FileSeal
 from ..recipe import Checkpointing
 from ..run_dir import RunDir
 from . import checkpoint, pieces, retention
@@ -59,13 +67,17 @@ class LaneTensors:
 
     num_lanes: int
     """Of all ranks together."""
+    num_shares: int
+    """Over so many ranks of the data path they are shared out; the ranks of a tensor group remember the same, and its first one saves it."""
     tensors: Mapping[str, torch.Tensor]
 
 
 def plan_memory(memory: LaneTensors | None, world_size: int) -> tuple[FilePlan, ...]:
-    """A file a rank for the memory of its lanes: gigabytes a node at the published sizes, so nobody collects it from others."""
-    files = lane_files(memory.num_lanes, world_size) if memory else []
-    return tuple(FilePlan(file.name, "memory", rank, ()) for rank, file in enumerate(files))
+    """A file a share for the memory of its lanes: gigabytes a node at the published sizes, so nobody collects it from others."""
+    if memory is None:
+        return ()
+    apart = world_size // memory.num_shares
+    return tuple(FilePlan(file.name, "memory", share * apart, ()) for share, file in enumerate(lane_files(memory.num_lanes, memory.num_shares)))
 
 
 def plan_files(sizes: Mapping[str, Mapping[str, int]], world_size: int) -> tuple[FilePlan, ...]:
@@ -172,7 +184,7 @@ class Saver:
         if failed:
             self._fail(failed[0], -int(min(slot[0] for slot in slots)))
         if all(slot[0] > 0 for slot in slots):
-            self._commit(self._pending, {plan.name: _digest_of(slot[1:]) for plan, slot in zip(plans, slots, strict=True)})
+            self._commit(self._pending, {plan.name: FileSeal(int(slot[0]), _digest_of(slot[1:])) for plan, slot in zip(plans, slots, strict=True)})
 
     def drain(self) -> None:
         """Wait until everything is saved and every rank knows that it is. Collective; raises what a failed save raises."""
@@ -233,23 +245,23 @@ class Saver:
             shutil.rmtree(self._pending.temporary, ignore_errors=True)
         self._pending = None
 
-    def _commit(self, pending: _Pending, digests: dict[str, str]) -> None:
+    def _commit(self, pending: _Pending, written: dict[str, FileSeal]) -> None:
         self._join()
         self._pending = None
         if self._comm.rank == 0:
-            self._thread = threading.Thread(target=self._seal, args=(pending, digests), name="checkpoint-commit", daemon=True)
+            self._thread = threading.Thread(target=self._seal, args=(pending, written), name="checkpoint-commit", daemon=True)
             self._thread.start()
 
-    def _seal(self, pending: _Pending, digests: dict[str, str]) -> None:
+    def _seal(self, pending: _Pending, written: dict[str, FileSeal]) -> None:
         try:
             for record in (self._run_dir.metrics, self._run_dir.validation):
                 if record.exists():  # a resume needs their lines up to this step
                     durable.fsync_path(record)
             durable.write_json(pending.temporary / checkpoint.STATE, pending.state)
-            missing = digests.keys() - {path.name for path in pending.temporary.iterdir()}
+            missing = written.keys() - set(os.listdir(pending.temporary))
             if missing:
                 raise OSError(errno.EIO, "files of other ranks did not arrive", str(pending.temporary / min(missing)))
-            durable.seal_folder(pending.temporary, known=digests)
+            durable.seal_folder(pending.temporary, known=written)
             retention.replace_folder(pending.temporary, pending.final)
             self.last_committed = pending.step
             _log.info("saved the checkpoint %s", pending.final.name)

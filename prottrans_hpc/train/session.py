@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 from .. import architecture
 from ..architecture import Architecture
-from ..comm import Comm, ParallelModel
+from ..comm import Comm, ParallelModel, check_same
 from ..corpus.index import Index, read_index
 from ..corpus.order import SamplePosition
 from ..corpus.reader import Corpus
 from ..errors import ConfigError, IdentityError
-from ..memory.policy import around
+from ..memory.policy import around, saves_otherwise
+from ..memory.storages import Parameters
 from ..parallel_layout import ParallelLayout, layout_on
 from ..precision_levels import LEVELS
 from ..recipe import Recipe
@@ -31,6 +32,7 @@ from .node_timings import NodeTimings
 from .optim import Optimizer, SumOverRanks, build_optimizer
 from .records import Records
 from .saving import Saver
+from .starting_weights import build_without_memory, put_starting_weights
 from .stragglers import Stragglers
 from .timing import StepTiming
 
@@ -129,24 +131,25 @@ def open_session(run: Run, run_dir: RunDir, comm: Comm, *, index: Index, start_i
     recipe = run.recipe
     record = architecture.get(recipe.architecture.name)
     shape = record.size(recipe.architecture.size).shape
-    module = find(record.build)(shape)
-    module.initialise(recipe.seed)
     layout = layout_on(recipe.parallel, run.machine, comm.world_size)
-    # What is cut goes to the device layer by layer: as a whole it may have no room there.
-    module = (module.to(comm.device) if layout.is_plain else module).train()
+    # What is cut never has memory as a whole: it may have no room.
+    module = _whole(record, shape, recipe, comm) if layout.is_plain else build_without_memory(record, shape)
+    module.train()
     module.recompute_every = recipe.memory.recompute_every
     forward = precision.forward_context(recipe.precision, comm.device)
     masters = precision.lower_weights(module, recipe.precision)
-    forward = around(forward, recipe.memory, module.parameters())
-    if host_optimizer.moves(recipe, comm.device):
-        masters = host_optimizer.on_host(masters)
     timing = StepTiming(comm.device)
     model: ParallelModel
     if layout.is_plain:
         model = comm.parallel(module, recipe.parallel.bucket_mib)
+        forward = around(forward, recipe.memory, module.parameters())
     else:
         model = _sharded(comm, module, layout, record)
-        forward = model.around(forward)
+        masters = precision.cut_masters(masters, module)
+        check_same(comm, "the parameters", put_starting_weights(module, masters, record, shape, recipe.seed))
+        forward = model.around(around(forward, recipe.memory, _weights(model, recipe)))
+    if host_optimizer.moves(recipe, comm.device):
+        masters = host_optimizer.on_host(masters)
     return Session(
         run=run,
         run_dir=run_dir,
@@ -170,6 +173,13 @@ def open_session(run: Run, run_dir: RunDir, comm: Comm, *, index: Index, start_i
     )
 
 
+def _whole(record: Architecture, shape: Any, recipe: Recipe, comm: Comm) -> Any:
+    """The modules with the starting weights, on the device."""
+    module = find(record.build)(shape)
+    module.initialise(recipe.seed)
+    return module.to(comm.device)
+
+
 def _sharded(comm: Comm, module: nn.Module, layout: ParallelLayout, record: Architecture) -> ShardedModel:
     if comm.name != "torch":
         raise ConfigError(f"a model is cut over ranks of torch.distributed only; these talk over {comm.name}: set parallel.comm = 'torch'")
@@ -178,13 +188,21 @@ def _sharded(comm: Comm, module: nn.Module, layout: ParallelLayout, record: Arch
     return model
 
 
+def _weights(model: ShardedModel, recipe: Recipe) -> Parameters:
+    """Those of a sharded model, and from its first forward pass on those that are brought together."""
+    weights = Parameters(model.module.parameters())
+    if saves_otherwise(recipe.memory):
+        model.when_gathered(weights.add)
+    return weights
+
+
 def _optimizer(module: nn.Module, masters: dict[str, Tensor], chosen: Recipe, sum_over_ranks: SumOverRanks) -> Optimizer:
     if host_optimizer.moves(chosen, next(module.parameters()).device):
-        return host_optimizer.build_host_optimizer(module, masters, chosen)
+        return host_optimizer.build_host_optimizer(module, masters, chosen, sum_over_ranks)
     if LEVELS[chosen.precision].weights == "fp32":
         return build_optimizer(module.named_parameters(), chosen.optimizer, sum_over_ranks)
     trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
-    return precision.HalfWeights(trained, masters, lambda parameters: build_optimizer(parameters.items(), chosen.optimizer))
+    return precision.HalfWeights(trained, masters, lambda parameters: build_optimizer(parameters.items(), chosen.optimizer, sum_over_ranks))
 
 
 def _held_out(run: Run, corpus: Corpus) -> Corpus | None:

@@ -41,7 +41,7 @@ def pretrain(request: Request) -> None:
 
 def _start(run: Run, run_dir: RunDir, comm: Comm, context: RankContext, *, start_id: str, records: Records | None) -> None:
     described = environment.describe_start(comm, context, start_id=start_id)
-    if context.is_main:
+    if described is not None:
         durable.write_json(run_dir.environment_json, described)
         for name in retention.remove_leftovers(run_dir):
             _log.info("removed %s, which a stopped save had left", name)

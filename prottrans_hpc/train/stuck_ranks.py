@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .. import errors
 from ..run_dir import RunDir
 from . import environment
 
@@ -122,6 +123,11 @@ def event(hang: Hang) -> dict[str, Any]:
         "hosts": [one.host for one in hang.missing[:_MAX_NAMED]],
         "what": hang.sentence,
     }
+
+
+def stop(cause: str, *, step: int) -> dict[str, Any]:
+    """For the history: the end of a rank that was alone, after so many steps."""
+    return {"time": environment.now(), "event": "stop", "step": step, "cause": cause, "exit_code": errors.REQUEUE, "world_size": 1}
 
 
 def read_sightings(run_dir: RunDir, nodes: Sequence[int], *, start_id: str) -> dict[int, Sighting]:

@@ -2,18 +2,22 @@
 
 The format is written by hand (a length, a JSON header, the bytes) because that lets one preallocated buffer
 serve every save, and the SHA-256 be computed from the bytes on their way out instead of by reading them back.
-It is read by the safetensors library, from memory, after the SHA-256 of exactly these bytes was checked.
+It is read by the safetensors library, from memory, after the SHA-256 of exactly these bytes was checked; or, by who needs parts
+of it only, one tensor at a time.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -123,6 +127,60 @@ def read(path: Path, *, sha256: str) -> dict[str, torch.Tensor]:
     except (safetensors.SafetensorError, KeyError) as error:
         raise ValueError(f"{path} is no safetensors file: {error}") from error
     return tensors
+
+
+def read_each(path: Path, *, sha256: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """A file's tensors one after the other, so that host memory holds one of them beside what is kept of them.
+
+    Whether the bytes have this SHA-256 shows behind the last: raises ValueError where they have not, and then none of
+    them may be used. OSError when unreadable.
+    """
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        entries = _entries(path, _read_exactly(file, _size_of_header(_read_exactly(file, 8, digest)), digest))
+        for name, (dtype, shape, num_bytes) in entries.items():
+            content = _read_exactly(file, num_bytes, digest)
+            if len(content) < num_bytes:
+                break
+            yield name, torch.frombuffer(content, dtype=dtype).view(shape) if num_bytes else torch.empty(shape, dtype=dtype)
+        while rest := file.read(_CHUNK_BYTES):
+            digest.update(rest)
+    if digest.hexdigest() != sha256:
+        raise ValueError(f"{path} is damaged: its SHA-256 is not the one that was written")
+
+
+def _size_of_header(content: bytearray) -> int:
+    (size,) = struct.unpack("<Q", bytes(content).ljust(8, b"\0"))
+    return min(int(size), _MAX_HEADER_BYTES)
+
+
+def _read_exactly(file: FileIO, num_bytes: int, digest: Any) -> bytearray:
+    """So many bytes, or those that there are."""
+    content = bytearray(num_bytes)
+    view, filled = memoryview(content), 0
+    while filled < num_bytes and (count := file.readinto(view[filled : filled + _CHUNK_BYTES])):
+        digest.update(view[filled : filled + count])
+        filled += count
+    view.release()
+    del content[filled:]
+    return content
+
+
+def _entries(path: Path, text: bytearray) -> dict[str, tuple[torch.dtype, tuple[int, ...], int]]:
+    """Type, shape and bytes of every tensor, in the order of their bytes. Raises ValueError where the header is not as this program writes it."""
+    dtypes, found, end = {text: dtype for dtype, text in _DTYPES.items()}, {}, 0
+    try:
+        header = {name: entry for name, entry in json.loads(text).items() if name != "__metadata__"}
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            dtype, shape = dtypes[entry["dtype"]], tuple(map(int, entry["shape"]))
+            num_bytes = math.prod(shape) * dtype.itemsize
+            if list(entry["data_offsets"]) != [end, end + num_bytes]:
+                raise ValueError(f"{name} does not lie where it has to")
+            found[name] = dtype, shape, num_bytes
+            end += num_bytes
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: its header cannot be read") from error
+    return found
 
 
 def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:

@@ -1,4 +1,4 @@
-"""Tells which rank hangs, and where, before the time-out of a collective ends the gang. It ends nothing itself.
+"""Tells which rank hangs, and where, before the time-out of a collective ends the gang. It ends nothing itself but a rank that is alone.
 
 A thread of every rank looks now and then how long ago its main thread last moved. After `health.hang_fraction` of
 `parallel.timeout_s` the rank adds a line to its node's file; so files are made by ranks that hang, and by nobody else,
@@ -6,6 +6,11 @@ and it works without a network and for any way of talking between ranks. Shortly
 for those that cannot (a stopped process, one in the kernel). Rank 0, or if that is silent the first other node that
 finds no report, reads the files and says who keeps whom waiting. A rank that keeps others waiting adds its stacks.
 Validation, checkpoints and the first step may take long: a rank in them is told of only when the time-out is near.
+
+Nobody waits for a rank that is alone, so no collective would ever end it. It is ended when the time-out is over, as a gang is:
+with its stacks in a file, and the code after which a chain of jobs goes on from the last checkpoint. Not in a phase that may
+take long; not by the clock, which goes on while a process is stopped; and where a step was slow before and went on, only after
+a few times as long. Code that never gives up the interpreter's lock cannot be ended so.
 """
 
 from __future__ import annotations
@@ -21,6 +26,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from .. import errors
 from ..run_dir import RunDir
 from ..whereabouts import HERE
 from . import stuck_ranks
@@ -35,6 +41,8 @@ _POLLS_S = (0.05, 5.0)
 _LEAVING_S = 10.0
 _NEAR = 0.9
 """Of the time-out: so long may phases take that are known to be long."""
+_TIMES_LONGEST = 3
+"""So many times as long as it ever took to go on may a rank take that is alone."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +55,8 @@ class Limits:
     """Between that, speaking for the silent, the report of rank 0, and that of another."""
     patient_s: float
     """Tell of a rank in a phase that may take long."""
+    end_s: float
+    """End a rank that is alone."""
 
     @property
     def poll_s(self) -> float:
@@ -57,7 +67,7 @@ class Limits:
 def limits(timeout_s: float, hang_fraction: float) -> Limits:
     """All of it happens before the time-out; the pauses let the ranks of a slow network file system see one another's lines."""
     speak_s = hang_fraction * timeout_s
-    return Limits(speak_s, max(0.0, min(15.0, speak_s / 4, (_NEAR * timeout_s - speak_s) / 4)), max(_NEAR * timeout_s, speak_s))
+    return Limits(speak_s, max(0.0, min(15.0, speak_s / 4, (_NEAR * timeout_s - speak_s) / 4)), max(_NEAR * timeout_s, speak_s), timeout_s)
 
 
 class Watchdog:
@@ -67,6 +77,8 @@ class Watchdog:
         self._run_dir, self._places, self._rank, self._start_id, self._limits = run_dir, places, rank, start_id, limits
         self._node = places[rank].node
         self._node_ranks = [other for other, place in enumerate(places) if place.node == self._node]
+        self._longest_s = 0.0
+        """That the main thread took to go on, of what was told of."""
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -107,14 +119,29 @@ class Watchdog:
             (self._limits.speak_s + pause_s * (2 if self._rank == 0 else 3), self._report),
             (self._limits.patient_s, self._dump_if_awaited),
         ]
+        num_rests = 0
         while HERE.moved == since and not self._rest():
+            num_rests += 1
+            if len(self._places) == 1 and not HERE.is_patient:
+                self._end_after(self._limits.speak_s + num_rests * self._limits.poll_s)
             idle_s = time.monotonic() - since
             for due_s, deed in [entry for entry in deeds if idle_s >= entry[0]]:
                 if deed():
                     deeds.remove((due_s, deed))
         if HERE.moved != since:
+            self._longest_s = max(self._longest_s, HERE.moved - since)
             _log.warning("rank %d goes on after %.0f s", self._rank, HERE.moved - since)
             self._say(self._own_sighting(), went_on=True)
+
+    def _end_after(self, awake_s: float) -> None:
+        """End this process when it could have done something for so long."""
+        if awake_s < max(self._limits.end_s, _TIMES_LONGEST * self._longest_s):
+            return
+        self._dump()
+        cause = f"the only rank got nowhere for {awake_s:.0f} s, {stuck_ranks.where(self._own_sighting())}"
+        _log.error("%s: it is ended, and the same command goes on from the last checkpoint", cause)
+        _append(self._run_dir.history, stuck_ranks.stop(cause, step=HERE.step - 1))
+        os._exit(errors.REQUEUE)  # the main thread cannot be asked
 
     def _own_sighting(self) -> Sighting:
         place = self._places[self._rank]
@@ -168,7 +195,8 @@ class Watchdog:
             return False
         if not self._is_first(hang):
             return True
-        _log.warning("%s (for %.0f s). The time-out of a collective ends the gang", hang.sentence, time.monotonic() - HERE.moved)
+        ends = "The time-out of a collective ends the gang" if len(self._places) > 1 else "It is ended when the time-out is over"
+        _log.warning("%s (for %.0f s). %s", hang.sentence, time.monotonic() - HERE.moved, ends)
         _append(self._run_dir.history, stuck_ranks.event(hang))
         return True
 

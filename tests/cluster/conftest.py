@@ -7,7 +7,7 @@
 
 `cluster` is one cluster a session (and pytest-xdist worker), handed to each test without jobs and with all nodes up.
 Nodes n1..n4 are in rack0, n5..n8 in rack1; each claims what one of Summit's has: 42 cores, 6 GPUs (which are not there).
-Partitions: batch (the default), and below it killable (8 s of grace when it is preempted) and killable_at_once (none).
+Partitions: batch (the default), and below it killable (20 s of grace when it is preempted) and killable_at_once (none).
 The file system is that of this machine and plays the parallel one; /run and /dev/shm are not shared with it.
 
     cluster.run("sinfo", timeout_s=20, node=None, code=0, env={}, cwd=None, stdin=None)   a command on the login node, or on `node`
@@ -93,10 +93,10 @@ class Cluster:
         cwd: Path | None = None,
         stdin: str | None = None,
     ) -> subprocess.CompletedProcess[str]:
-        """Run a command to its end; fails unless its exit code is `code` (None: any)."""
+        """Run a command to its end; fails unless its exit code is `code` (None: any). `timeout_s` is for a calm machine."""
         # `timeout` ends it in there; ours would end only the program that entered.
-        limited = self.command(["timeout", "--kill-after=5", str(timeout_s), *argv], node, cwd)
-        done = subprocess.run(limited, input=stdin or "", capture_output=True, text=True, env=_environment(env), timeout=timeout_s + 20, check=False)
+        limited = self.command(["timeout", "--kill-after=5", str(PATIENCE * timeout_s), *argv], node, cwd)
+        done = subprocess.run(limited, input=stdin or "", capture_output=True, text=True, env=_environment(env), timeout=PATIENCE * timeout_s + 20, check=False)
         if code is not None and done.returncode != code:
             pytest.fail(f"{' '.join(argv)} ended with {done.returncode}, not {code}\n--- stdout\n{done.stdout}\n--- stderr\n{done.stderr}")
         return done

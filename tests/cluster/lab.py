@@ -97,7 +97,7 @@ NodeName=DEFAULT CPUs=42 Boards=1 SocketsPerBoard=2 CoresPerSocket=21 ThreadsPer
 {nodes}
 PartitionName=DEFAULT Nodes=ALL MaxTime=24:00:00 DefaultTime=10 PreemptMode=REQUEUE
 PartitionName=batch Default=YES PriorityTier=10
-PartitionName=killable PriorityTier=1 GraceTime=8
+PartitionName=killable PriorityTier=1 GraceTime=20
 PartitionName=killable_at_once PriorityTier=1 GraceTime=0
 """
 CLOUD = (

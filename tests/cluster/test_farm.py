@@ -23,6 +23,14 @@ for path in Path("/proc").glob("[0-9]*/cmdline"):
 """
 """Kills the process that has a word in its command line; processes of the cluster alone are seen."""
 
+IMPATIENT = """
+import sys
+from prottrans_hpc.launch import cli, farm_jobs
+farm_jobs.BatchJobs.query_every_s = 3.0
+sys.exit(cli.main(sys.argv[1:]))
+"""
+"""The command line that asks Slurm every 3 s instead of every 30 s; that a job is gone must be told twice."""
+
 
 @pytest.fixture(scope="module")
 def fasta(tmp_path_factory, proteins_fasta):
@@ -77,12 +85,12 @@ def test_a_lost_node_s_items_are_run_elsewhere(cluster, tmp_path, tiny_checkpoin
     profile = cluster.profile(tmp_path)
     out = tmp_path / "out.h5"
     embed = ("embed", str(tiny_checkpoint), str(few), "--device", "cpu")
-    process = cluster.popen(*cluster.prottrans_argv, *embed, "--out", str(out), "--machine", str(profile), "--items", "1", cwd=tmp_path)
+    process = cluster.popen(sys.executable, "-c", IMPATIENT, *embed, "--out", str(out), "--machine", str(profile), "--items", "1", cwd=tmp_path)
     cluster.wait(lambda: cluster.run("squeue", "--noheader", "--states=running", "--format=%N").stdout.split(), "the item to run")
     (node,) = cluster.run("squeue", "--noheader", "--states=running", "--format=%N").stdout.split()
     cluster.off(node)
     cluster.run("scontrol", "update", f"nodename={node}", "state=down", "reason=test")  # Slurm would see it after half a minute
-    told, _ = process.communicate(timeout=300)
+    told, _ = process.communicate(timeout=500)
     assert process.returncode == 0, told
     single = tmp_path / "single.h5"
     cluster.prottrans(*embed, "--out", str(single), timeout_s=120)
@@ -106,7 +114,7 @@ def test_a_killed_command_finds_its_jobs_again(cluster, tmp_path, tiny_checkpoin
         process.kill()
         # Only its entrance into the cluster is ours to kill.
         cluster.python("-c", KILL, env={"VICTIM": str(out)})
-        process.communicate(timeout=60)
+        process.communicate(timeout=180)
         time.sleep(1)
         assert cluster._jobs() == jobs
     finally:

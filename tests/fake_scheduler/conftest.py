@@ -41,7 +41,7 @@ class Lsf:
 
     def run(self, command: str, *arguments: str, script: str | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
         """One of the commands."""
-        return subprocess.run([command, *arguments], input=script or "", env={**self.environment, **environment}, capture_output=True, text=True, timeout=60)
+        return subprocess.run([command, *arguments], input=script or "", env={**self.environment, **environment}, capture_output=True, text=True, timeout=180)
 
     def submit(self, script: str, *arguments: str) -> int:
         """Submit a script that LSF takes; its job id."""
@@ -57,7 +57,7 @@ class Lsf:
         """Stop the daemon, and with it everything that it started."""
         for daemon in self.daemons:
             daemon.terminate()
-            daemon.wait(30)
+            daemon.wait(120)
         self.daemons.clear()
 
     def job(self, job_id: int | str) -> dict[str, Any]:
@@ -75,6 +75,11 @@ class Lsf:
             if time.monotonic() > end:
                 pytest.fail(f"waited {timeout_s} s in vain for {what}")
             time.sleep(0.02)
+
+    def wait_until_heard(self) -> None:
+        """Wait until the daemon has dealt with every request."""
+        folder = self.folder
+        self.wait_for(lambda: not (folder / "requests.jsonl").exists() and not (folder / "requests-taken.jsonl").exists(), "the requests to be dealt with")
 
     def ask(self, job_id: int | str, what: str) -> None:
         """What no command does: "preempt" or "host failure"."""

@@ -65,8 +65,9 @@ class Daemon:
         signal.signal(signal.SIGTERM, lambda number, frame: stopped.append(number))
         try:
             while not stopped:
-                for request in self.state.take_requests():
-                    self._handle(request)
+                with self.state.requests() as requests:
+                    for request in requests:
+                        self._handle(request)
                 for job_id in list(self.running):
                     self._look_after(job_id)
                 self._dispatch()

@@ -113,15 +113,15 @@ class State:
         with self.locked(), (self.folder / "requests.jsonl").open("a") as file:
             file.write(json.dumps({"id": job_id, **request}) + "\n")
 
-    def take_requests(self) -> list[Job]:
-        """The requests since the last call. For the daemon."""
-        path = self.folder / "requests.jsonl"
+    @contextlib.contextmanager
+    def requests(self) -> Iterator[list[Job]]:
+        """The requests since the last time, which are there as files until the block has dealt with them. For the daemon."""
+        path, taken = self.folder / "requests.jsonl", self.folder / "requests-taken.jsonl"
         with self.locked():
-            if not path.exists():
-                return []
-            lines = path.read_text().splitlines()
-            path.unlink()
-        return [json.loads(line) for line in lines]
+            if path.exists():
+                path.rename(taken)
+        yield [json.loads(line) for line in taken.read_text().splitlines()] if taken.exists() else []
+        taken.unlink(missing_ok=True)
 
 
 def element_id(number: int, index: int) -> int:

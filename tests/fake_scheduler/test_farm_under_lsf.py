@@ -28,7 +28,8 @@ def machine(tmp_path, lsf, repository):
         f'warning_min = 80\npython = "{python}"\nsetup_lines = ["export PYTHONPATH={repository}"]\n[node]\nnum_cpu_cores = 2\n'
         '[[queues]]\nname = "batch"\n[[queues.bins]]\nmin_nodes = 1\nmax_nodes = 45\nmax_walltime_min = 120\n'
     )
-    lsf.configure(minute_s=0.5, terminate_interval_s=0.5, cores=2, gpus=0)
+    # Minutes are real ones: only a test that puts the clock forward brings a warning.
+    lsf.configure(minute_s=60.0, terminate_interval_s=0.5, cores=2, gpus=0)
     lsf.start()
     return profile
 
@@ -56,12 +57,21 @@ def test_the_bytes_are_those_of_one_process_though_an_item_was_warned_and_queued
     script = run(lsf, prottrans, *command, "--dry-run").stdout
     assert '#BSUB -J "preprocess-corpus[1-2]%2"' in script
     assert "exec jsrun -n 1 -r 1 -a 1 -c 2 -g 0 " in script
-    # The warning comes 40 of 120 minutes after the start; a minute takes half a second.
-    run(lsf, prottrans, *command)
+    process = subprocess.Popen([*prottrans.argv, *command], env=lsf.environment, stderr=subprocess.PIPE, text=True)
+    lsf.wait_for((tmp_path / "waiting").exists, "the item to wait")
+    lsf.wait_for(lambda: [job["stat"] for job in jobs(lsf)].count("DONE") == 1, "the other item")
+    lsf.put_clock_forward(41)  # of 120 minutes, with a warning 80 minutes before the end
+    _, said = process.communicate(timeout=300)
+    assert process.returncode == 0, said
     files = {folder: {path.name: path.read_bytes() for path in (tmp_path / folder).iterdir()} for folder in ("wanted", "corpus")}
     assert files["corpus"] == files["wanted"]
     assert (tmp_path / "heard").exists()
-    assert sorted(lsf.job(path.name)["starts"] for path in (lsf.folder / "jobs").iterdir()) == [1, 1, 1, 2]
+    assert sorted(job["starts"] for job in jobs(lsf)) == [1, 1, 1, 2]
+
+
+def jobs(lsf):
+    """All that were submitted."""
+    return [lsf.job(path.parent.name) for path in (lsf.folder / "jobs").glob("*/job.json")]
 
 
 def test_an_interrupted_farm_takes_its_jobs_out_of_the_queue(lsf, tmp_path, machine, fasta, prottrans):
@@ -72,9 +82,9 @@ def test_an_interrupted_farm_takes_its_jobs_out_of_the_queue(lsf, tmp_path, mach
     process = subprocess.Popen([*prottrans.argv, *command], env=lsf.environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     lsf.wait_for((tmp_path / "waiting").exists, "the item to wait")
     process.send_signal(signal.SIGINT)
-    assert process.wait(60) == 130
-    for path in (lsf.folder / "jobs").iterdir():
-        lsf.wait(path.name, "EXIT", "DONE")
+    assert process.wait(180) == 130
+    for job in jobs(lsf):
+        lsf.wait(job["id"], "EXIT", "DONE")
 
 
 def test_the_account_is_asked_for(lsf, tmp_path, machine, fasta, prottrans):

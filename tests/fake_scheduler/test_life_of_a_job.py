@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 LISTENER = """
 for name in INT TERM USR1 USR2; do trap "echo got $name >> told" "$name"; done
 echo start >> told
-for _ in $(seq 600); do sleep 0.1; done
+for _ in $(seq 6000); do sleep 0.1; done
 """
 
 
@@ -76,21 +76,32 @@ def test_jobs_wait_for_nodes(lsf: Lsf) -> None:
 
 
 def test_the_warning_the_end_of_the_walltime_and_the_kill(lsf: Lsf, tmp_path: Path) -> None:
-    lsf.configure(minute_s=0.3, kill_after_min=3)
+    lsf.configure(minute_s=60.0, kill_after_min=3)
     job = lsf.submit(script(LISTENER, "-wa USR1", "-wt 5", minutes=10))
+    started(lsf, tmp_path)
+    lsf.put_clock_forward(6)
+    lsf.wait_for(lambda: told(tmp_path) == ["start", "got USR1"], "the warning")
+    lsf.put_clock_forward(5)
+    lsf.wait_for(lambda: told(tmp_path) == ["start", "got USR1", "got USR2"], "the end of the walltime")
+    assert lsf.job(job)["stat"] == "RUN"
+    lsf.put_clock_forward(3)
     done = lsf.wait(job, "EXIT")
     assert told(tmp_path) == ["start", "got USR1", "got USR2"]
     assert done["exit_code"] == 128 + signal.SIGKILL and done["exit_reason"].startswith("TERM_RUNLIMIT")
 
 
 def test_bkill(lsf: Lsf, tmp_path: Path) -> None:
+    lsf.configure(minute_s=60.0, terminate_interval_s=60.0)
     job = lsf.submit(script(LISTENER))
     started(lsf, tmp_path)
     lsf.run("bkill", "-s", "USR2", str(job))
     lsf.wait_for(lambda: told(tmp_path) == ["start", "got USR2"], "the signal")
     lsf.run("bkill", str(job))
+    for signals in (["got INT"], ["got INT", "got TERM"]):
+        lsf.wait_for(lambda: told(tmp_path)[2:] == signals, signals[-1])  # noqa: B023 - called within the loop
+        assert lsf.job(job)["stat"] == "RUN"
+        lsf.put_clock_forward(1)
     assert lsf.wait(job, "EXIT")["exit_reason"].startswith("TERM_OWNER")
-    assert told(tmp_path)[2:] == ["got INT", "got TERM"]
     assert lsf.run("bkill", str(job)).returncode == 255
 
 
@@ -130,7 +141,7 @@ def test_preemption_in_the_killable_queue(lsf: Lsf, tmp_path: Path, option: str,
     job = lsf.submit(script(FIRST_START_SLEEPS, "-q killable", option))
     started(lsf, tmp_path)
     lsf.ask(job, "preempt")
-    lsf.wait_for(lambda: not (lsf.folder / "requests.jsonl").exists(), "the request to be taken")
+    lsf.wait_until_heard()
     assert lsf.job(job)["stat"] == "RUN"
     lsf.configure(preemptable_after_min={"killable": [[1, 45, 0]]})
     lsf.ask(job, "preempt")
@@ -141,7 +152,7 @@ def test_a_job_of_the_batch_queue_is_not_preempted(lsf: Lsf, tmp_path: Path) -> 
     job = lsf.submit(script(LISTENER))
     started(lsf, tmp_path)
     lsf.ask(job, "preempt")
-    lsf.wait_for(lambda: not (lsf.folder / "requests.jsonl").exists(), "the request to be taken")
+    lsf.wait_until_heard()
     lsf.run("bkill", "-s", "USR1", str(job))
     lsf.wait_for(lambda: len(told(tmp_path)) > 1, "a signal")
     assert told(tmp_path) == ["start", "got USR1"]

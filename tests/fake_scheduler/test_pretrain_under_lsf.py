@@ -78,7 +78,7 @@ class Pretraining:
 
     def lines(self, name: str) -> list[dict[str, Any]]:
         path = self.run_dir / name
-        return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
+        return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
 
     @property
     def step(self) -> int:
@@ -146,6 +146,34 @@ def test_a_job_trains_to_the_end(pretraining: Pretraining, resource_set: str) ->
     assert (done["project"], done["queue"], done["walltime_min"], done["alloc_flags"], done["rerunnable"]) == ("BIO123", "batch", 120, "smt4 nvme", True)
     assert not {"LD_PRELOAD_ME", "LSB_JOBID", "JSM_NAMESPACE_RANK", "PYTHONPATH"} & done["environment"].keys(), "stated, not inherited"
     assert (done["warning"], done["out"]) == (["USR1", 10], str(pretraining.run_dir / "logs" / "lsf-%J.log"))
+
+
+def test_a_preflight_that_measures_nothing_keeps_the_gate_closed_and_one_that_passes_opens_it(pretraining: Pretraining) -> None:
+    (job,) = pretraining.submit("--preflight", "comm:1000:1", steps=3)  # within one second no rank has even begun
+    assert pretraining.lsf.wait(job, "DONE", "EXIT")["stat"] == "EXIT", pretraining.log
+    assert (pretraining.run_dir / "job.exit-code").read_text() == "71\n"
+    assert "The gate stays closed: no rank of the training was started" in pretraining.log
+    (ended,) = [line for line in pretraining.lines("jobs.jsonl") if line["event"] == "ended"]
+    assert (ended["code"], ended["cause"], pretraining.step) == (71, "preflight failed: it did not end within 1 s", 0)
+    pretraining.lsf.wait_for(lambda: not pretraining.ranks(), "the ranks of the preflight to be gone")
+
+    (job,) = pretraining.submit("--preflight", "comm:1000", steps=3)
+    assert pretraining.lsf.wait(job, "DONE", "EXIT")["stat"] == "DONE", pretraining.log
+    assert (pretraining.step, pretraining.saved()) == (3, 3)
+    found = read_json(pretraining.run_dir / "preflight.json")
+    assert (found["verdict"], found["backend"], found["nodes"], found["ranks"]) == ("passed", "gloo", 2, 4)
+    assert {fit["scope"] for fit in found["fits"]} == {"world", "node", "between"}
+
+
+def test_a_warning_during_the_preflight_stops_the_job_before_it_trains(pretraining: Pretraining) -> None:
+    (job,) = pretraining.submit("--preflight", "comm:1000", steps=3)
+    pretraining.lsf.wait(job, "RUN")
+    pretraining.lsf.wait_for(lambda: pretraining.ranks(), f"the ranks of the preflight:\n{pretraining.log}")
+    pretraining.lsf.put_clock_forward(111)
+    assert pretraining.lsf.wait(job, "DONE", "EXIT")["stat"] == "EXIT", pretraining.log
+    assert ((pretraining.run_dir / "job.exit-code").read_text(), pretraining.step) == ("75\n", 0), pretraining.log
+    assert "stopped by a signal to the job script" in pretraining.causes()[-1] or "SIGUSR1" in pretraining.causes()[-1]
+    assert sorted(path.name for path in pretraining.run_dir.glob(".stop-*")) == []
 
 
 def test_the_warning_saves_and_the_chain_goes_on_bitwise(pretraining: Pretraining, tmp_path: Path) -> None:

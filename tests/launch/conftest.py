@@ -111,7 +111,13 @@ class Job:
 
     @staticmethod
     def wait_gone(pids: Iterable[int]) -> None:
-        wait_until(lambda: not any(is_alive(pid) for pid in pids), 20)
+        wait_until(lambda: not any(is_alive(pid) for pid in pids))
+
+    def exit_code(self) -> str:
+        """What the job script left, once it has; the shell makes the file a moment before it writes."""
+        path = self.run_dir / "job.exit-code"
+        wait_until(lambda: path.is_file() and path.read_text().endswith("\n"))
+        return path.read_text()
 
     def forget_ranks(self) -> None:
         for path in self.folder.glob("rank-*"):
@@ -163,11 +169,13 @@ def job(tmp_path: Path) -> Iterator[Job]:
         if process.poll() is None:  # the test has failed: what did it wait for?
             process.kill()
             print(process.communicate()[1])
-    for path in tmp_path.glob("rank-*.json"):
-        pid = json.loads(path.read_text())["pid"]
-        if is_alive(pid):
-            os.kill(pid, 9)
-            pytest.fail(f"process {pid} was left behind")
+    pids = [int(json.loads(path.read_text())["pid"]) for path in tmp_path.glob("rank-*.json")]
+    end = time.monotonic() + 60  # a rank that dies with its starter takes a moment for it
+    while (left := [pid for pid in pids if is_alive(pid)]) and time.monotonic() < end:
+        time.sleep(0.01)
+    for pid in left:
+        os.kill(pid, 9)
+    assert not left, "processes were left behind"
 
 
 @dataclass(frozen=True)

@@ -135,6 +135,17 @@ def test_lanes_may_be_shared_out_unevenly_where_the_recipe_says_so(lane_model: s
         planner.plan(uneven, read_machine("summit"), Demand(num_racks=52))
 
 
+def test_lanes_are_shared_out_over_tensor_groups() -> None:
+    settings = ("architecture.name=prot_txl", "architecture.size=prot_txl", "parallel.tensor_ranks=2", "precision=fp16")
+    recipe = read_recipe("prot_txl", settings)
+    assert plan_batches(recipe, num_ranks=5_616)[0].sequences_per_rank == 8
+    check_lanes(architecture.get("prot_txl"), recipe, read_machine("summit"), num_nodes=936)
+    with pytest.raises(ConfigError) as caught:
+        check_lanes(architecture.get("prot_txl"), recipe, read_machine("summit"), num_nodes=930)
+    assert "on one tensor group, and 930 nodes have 2,790 tensor groups, which do not divide them" in str(caught.value)
+    assert "832 nodes (9 lanes a tensor group) and 936 nodes (8 lanes a tensor group)" in str(caught.value)
+
+
 def test_lanes_are_counted_in_sequences(lane_model: str) -> None:
     recipe = lane_recipe(lane_model, 64)
     phase = dataclasses.replace(recipe.phases[0], global_batch_size=None, global_batch_residues=1000)

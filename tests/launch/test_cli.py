@@ -226,6 +226,14 @@ def test_sigterm_unwinds_a_stage_in_order(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (75, "unwound\n")
 
 
+def test_a_model_says_into_how_many_ranks_its_matrices_can_be_cut(capsys: pytest.CaptureFixture[str]) -> None:
+    for name, said in (("prot_txl_bfd", "tensor groups: of 2 ranks"), ("prot_xlnet", "tensor groups: of 2, 4, 8, 16 ranks")):
+        assert cli.main(["models", "show", name]) == 0
+        assert said in capsys.readouterr().out
+    assert cli.main(["models", "show", "prot_txl_bfd", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["sizes"][0]["tensor_ranks"] == [1, 2]
+
+
 def test_a_reader_that_goes_away_is_no_error(tmp_path: Path) -> None:
     reader, writer = os.pipe()
     os.close(reader)

@@ -67,7 +67,7 @@ def start(*arguments: str) -> subprocess.Popen[str]:
 
 def test_it_starts_any_command_with_options_of_its_own() -> None:
     process = start("--nodes", "1", "--ranks-per-node", "3", "--", "bash", "-c", 'echo "$PROTTRANS_RANK $1"', "name", "--nodes")
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=180)
     assert process.returncode == 0
     assert sorted(out.splitlines()) == ["0 --nodes", "1 --nodes", "2 --nodes"]
 
@@ -77,7 +77,7 @@ def test_a_deaf_rank_is_killed_after_the_grace(tmp_path: Path) -> None:
     fails = f"until [ -e {deaf} ]; do sleep 0.02; done; exit 65"
     script = f"if [ $PROTTRANS_RANK = 1 ]; then {fails}; fi; trap '' TERM; echo $$; touch {deaf}; while :; do sleep 0.05; done"
     process = start("--nodes", "2", "--ranks-per-node", "1", "--grace-s", "0.3", "--", "bash", "-c", script)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=180)
     assert process.returncode == 65, err
     assert not Path(f"/proc/{int(out)}").exists()
 
@@ -85,12 +85,29 @@ def test_a_deaf_rank_is_killed_after_the_grace(tmp_path: Path) -> None:
 def test_a_rank_that_hangs_while_another_gives_up_is_ended_and_is_no_failure() -> None:
     script = 'if [ "$PROTTRANS_RANK" = 1 ]; then exit 75; fi; kill -STOP $$'
     process = start("--nodes", "2", "--ranks-per-node", "1", "--grace-s", "0.1", "--", "bash", "-c", script)
-    assert process.wait(60) == 75
+    assert process.wait(180) == 75
+
+
+def test_the_port_where_the_ranks_meet_is_theirs_alone() -> None:
+    script = (
+        "import errno, os, socket\n"
+        "place = (os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT']))\n"
+        "try:\n"
+        "    socket.socket().bind(place)\n"
+        "except OSError as error:\n"
+        "    assert error.errno == errno.EADDRINUSE\n"
+        "else:\n"
+        "    raise SystemExit('somebody else could take the port')\n"
+        "socket.create_server(place)\n"  # which reuses addresses, as rank 0 does
+    )
+    process = start("--nodes", "1", "--ranks-per-node", "1", "--", sys.executable, "-c", script)
+    _, err = process.communicate(timeout=180)
+    assert process.returncode == 0, err
 
 
 def test_a_command_that_is_not_there_is_an_error_of_the_starter() -> None:
     process = start("--nodes", "2", "--ranks-per-node", "1", "--", "/nonexistent/command")
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=180)
     assert process.returncode == 66 and "/nonexistent/command: No such file or directory" in err and "Traceback" not in err
 
 
@@ -106,12 +123,12 @@ def test_a_signal_before_a_rank_can_take_it_waits_for_it() -> None:
     process = start("--nodes", "1", "--ranks-per-node", "1", "--hold-stop-signals", "--", sys.executable, "-c", script)
     assert process.stdout is not None and process.stdout.readline() == "starting\n"
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
+    process.communicate(timeout=180)
     assert process.returncode == 75
 
 
 @pytest.mark.parametrize("arguments", [["--nodes", "0", "--ranks-per-node", "1", "--", "true"], ["--nodes", "1", "--ranks-per-node", "1"]])
 def test_wrong_arguments_are_refused(arguments: list[str]) -> None:
     process = start(*arguments)
-    process.communicate(timeout=60)
+    process.communicate(timeout=180)
     assert process.returncode == 2

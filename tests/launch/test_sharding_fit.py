@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -14,6 +15,7 @@ from prottrans_hpc.launch.planner import plan
 from prottrans_hpc.launch.sharding_fit import check_sharding, layout_text
 from prottrans_hpc.machine import Machine, read_machine
 from prottrans_hpc.parallel_layout import ParallelLayout
+from prottrans_hpc.precision_levels import LEVELS
 from prottrans_hpc.recipe import Recipe, read_recipe
 
 
@@ -33,11 +35,20 @@ def _checked(recipe: Recipe, machine: Machine, num_ranks: int) -> ParallelLayout
         ("prot_bert_bfd", "summit", ("sharding=hybrid", "shard_ranks=54"), 108, ParallelLayout(2, 54)),
         ("prot_bert_bfd", "summit", ("sharding=full", "tensor_ranks=2"), 108, ParallelLayout(1, 54, 2)),
         ("tiny_prot_bert", "laptop", ("sharding=full", "tensor_ranks=2"), 4, ParallelLayout(1, 2, 2)),
+        ("prot_txl", "nvl72", ("tensor_ranks=4",), 64, ParallelLayout(16, 1, 4)),
+        ("prot_txl_bfd", "summit", ("tensor_ranks=2",), 108, ParallelLayout(54, 1, 2)),
+        ("prot_xlnet", "frontier", ("sharding=hybrid", "tensor_ranks=8"), 64, ParallelLayout(8, 1, 8)),
     ],
 )
 def test_layouts_that_fit(recipe: str, machine: str, settings: tuple[str, ...], num_ranks: int, expected: ParallelLayout) -> None:
     settings = ("precision=fp32", *(f"parallel.{setting}" for setting in settings))
     assert _checked(read_recipe(recipe, settings), read_machine(machine), num_ranks) == expected
+
+
+@pytest.mark.parametrize("precision", LEVELS)
+def test_every_precision_can_be_cut(precision: str) -> None:
+    settings = (f"precision={precision}", "parallel.sharding=full", "parallel.tensor_ranks=2")
+    assert _checked(read_recipe("tiny_prot_bert", settings), read_machine("laptop"), 4) == ParallelLayout(1, 2, 2)
 
 
 @pytest.mark.parametrize(
@@ -51,17 +62,29 @@ def test_layouts_that_fit(recipe: str, machine: str, settings: tuple[str, ...], 
         ("tiny_prot_bert", "laptop", ("parallel.tensor_ranks=2",), 3, "take 2 or 4 ranks"),
         ("tiny_prot_bert", "laptop", ("parallel.sharding=hybrid", "parallel.shard_ranks=4"), 6, "shard_ranks that do are 3 and 6"),
         ("tiny_prot_electra", "laptop", ("parallel.tensor_ranks=4",), 4, "generator.num_heads 2 of prot_electra"),
-        ("tiny_prot_xlnet", "laptop", ("parallel.tensor_ranks=2",), 2, "those of prot_albert, prot_bert, prot_electra, prot_t5, protein_lm can"),
-        ("tiny_prot_bert", "laptop", ("parallel.sharding=full", "precision=bf16_o2"), 2, "take one of fp32, tf32, bf16, fp16"),
-        ("tiny_prot_bert", "laptop", ("parallel.sharding=full", "memory.saved=bf16"), 2, "cannot tell weights from activations"),
-        ("tiny_prot_bert", "laptop", ("parallel.sharding=full", "memory.lms_limit_gib=1.0"), 2, "would move gathered weights"),
-        ("tiny_prot_bert", "laptop", ("parallel.sharding=full", "memory.optimizer_on=host"), 2, "cut over more ranks"),
+        ("prot_txl_bfd", "nvl72", ("parallel.tensor_ranks=4",), 64, "does not divide num_heads 14 of prot_txl"),
+        ("prot_txl_bfd", "nvl72", ("parallel.tensor_ranks=4",), 64, "Possible are 1, 2; nearest: 2"),
+        ("prot_xlnet", "summit", ("parallel.tensor_ranks=6",), 108, "Possible are 1, 2, 4, 8, 16; nearest: 4 and 8"),
     ],
 )
 def test_what_cannot_be_is_answered_with_what_can(recipe: str, machine: str, settings: tuple[str, ...], num_ranks: int, said: str) -> None:
     with pytest.raises(ConfigError) as error:
         _checked(read_recipe(recipe, settings), read_machine(machine), num_ranks)
     assert said in str(error.value)
+
+
+def test_an_architecture_that_says_nothing_of_tensor_groups_has_none() -> None:
+    chosen = dataclasses.replace(architecture.get("prot_bert"), name="window", tensor_parallel=None)
+    recipe = read_recipe("tiny_prot_bert", ("parallel.tensor_ranks=2",))
+    with pytest.raises(ConfigError, match=r"matrices of window cannot be shared by a tensor group; those of .*prot_t5, prot_txl, prot_xlnet, protein_lm can"):
+        check_sharding(recipe, read_machine("laptop"), chosen, chosen.size("tiny").shape, num_ranks=2)
+
+
+@pytest.mark.parametrize("layout", [("sharding=full",), ("sharding=hybrid", "shard_ranks=2"), ("tensor_ranks=2",), ("sharding=full", "tensor_ranks=2")])
+def test_every_memory_policy_goes_with_cut_models(layout: tuple[str, ...]) -> None:
+    memory = ("memory.saved=bf16", "memory.lms_limit_gib=1.0", "memory.optimizer_on=host", "memory.recompute_every=1", "memory.recompute_keeps=attention")
+    cut = tuple(f"parallel.{setting}" for setting in layout)
+    assert not _checked(read_recipe("prot_t5_xl_u50", (*cut, *memory, "precision=fp32")), read_machine("nvl72"), 8).is_plain
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -21,6 +21,29 @@ def support() -> Callable[..., LargeModelSupport]:
         return LargeModelSupport(limit_bytes, **{"size_bytes": 1, "device_type": "cpu", **settings})
 
     return make
+
+
+class Keep(torch.autograd.Function):
+    """Saves what it is given, and shows what it gets back."""
+
+    seen: ClassVar[list[tuple[Tensor, ...]]] = []
+
+    @staticmethod
+    def forward(ctx: Any, first: Tensor, *others: Tensor) -> Tensor:
+        ctx.save_for_backward(first, *others)
+        return first.sum()
+
+    @staticmethod
+    def backward(ctx: Any, *gradient: Tensor) -> Any:
+        Keep.seen.append(ctx.saved_tensors)
+        return torch.zeros_like(ctx.saved_tensors[0]), *[None] * (len(ctx.saved_tensors) - 1)
+
+
+@pytest.fixture
+def keep() -> type[Keep]:
+    """An operation whose saved tensors a test can see: `keep.apply(...)`, and after the backward pass `keep.seen`."""
+    Keep.seen.clear()
+    return Keep
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -13,9 +13,6 @@ from torch import Tensor, nn
 from prottrans_hpc.errors import ResourceError
 from prottrans_hpc.memory import lms as module
 from prottrans_hpc.profile.storage_tracker import StorageTracker
-
-KIB = 1024
-
 
 KIB = 1024
 
@@ -82,41 +79,24 @@ def test_those_saved_first_are_moved_and_they_come_back_last(monkeypatch: pytest
     assert_nothing_is_left(lms)
 
 
-class Keep(torch.autograd.Function):
-    """Saves what it is given, and shows what it gets back."""
-
-    seen: ClassVar[list[tuple[Tensor, ...]]] = []
-
-    @staticmethod
-    def forward(ctx: Any, first: Tensor, *others: Tensor) -> Tensor:
-        ctx.save_for_backward(first, *others)
-        return first.sum()
-
-    @staticmethod
-    def backward(ctx: Any, *gradient: Tensor) -> Any:
-        Keep.seen.append(ctx.saved_tensors)
-        return torch.zeros_like(ctx.saved_tensors[0]), *[None] * (len(ctx.saved_tensors) - 1)
-
-
-def test_tensors_of_one_storage_travel_together_and_come_back_as_views_of_one(support: Any, assert_nothing_is_left: Any) -> None:
-    Keep.seen.clear()
+def test_tensors_of_one_storage_travel_together_and_come_back_as_views_of_one(support: Any, keep: Any, assert_nothing_is_left: Any) -> None:
     lms, source = support(), torch.arange(96.0, requires_grad=True)
     with lms:
         rows = (source * 1).view(8, 12)
         first, second, third = rows.chunk(3, dim=1)
         views = (first, second, third.t(), rows[::2, 3:7], rows[0], rows.view(torch.int32)[1:])
-        loss = Keep.apply(*views) + Keep.apply(rows)
+        loss = keep.apply(*views) + keep.apply(rows)
     expected = [view.detach().clone() for view in views]
     strides = [(view.stride(), view.storage_offset()) for view in views]
     assert (lms.counts().reclaimed, lms.counts().reclaimed_bytes) == (1, 4 * 96)
     del rows, first, second, third, views
     loss.backward()
-    found = next(seen for seen in Keep.seen if len(seen) == 6)
-    assert len({tensor.untyped_storage()._cdata for tensor in (*found, *next(seen for seen in Keep.seen if len(seen) == 1))}) == 1
+    found = next(seen for seen in keep.seen if len(seen) == 6)
+    assert len({tensor.untyped_storage()._cdata for tensor in (*found, *next(seen for seen in keep.seen if len(seen) == 1))}) == 1
     assert [(view.stride(), view.storage_offset()) for view in found] == strides
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
     del found
-    Keep.seen.clear()
+    keep.seen.clear()
     del loss
     assert_nothing_is_left(lms)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -14,27 +15,20 @@ from prottrans_hpc.memory.narrowing import SMALLEST_BYTES, narrowing
 NUMBER = SMALLEST_BYTES // 4
 
 
-class Keep(torch.autograd.Function):
-    """Saves what it is given, and shows what it gets back."""
-
-    seen: ClassVar[list[tuple[Tensor, ...]]] = []
-
-    @staticmethod
-    def forward(ctx: Any, first: Tensor, *others: Tensor) -> Tensor:
-        ctx.save_for_backward(first, *others)
-        return first.sum()
-
-    @staticmethod
-    def backward(ctx: Any, *gradient: Tensor) -> Any:
-        Keep.seen.append(ctx.saved_tensors)
-        return torch.zeros_like(ctx.saved_tensors[0]), *[None] * (len(ctx.saved_tensors) - 1)
+ComesBack = Callable[..., tuple[Tensor, ...]]
 
 
-def come_back(*tensors: Tensor, hooks: Hooks) -> tuple[Tensor, ...]:
-    with applied(hooks):
-        loss = Keep.apply(*tensors)
-    loss.backward()
-    return Keep.seen.pop()
+@pytest.fixture
+def come_back(keep: Any) -> ComesBack:
+    """What the backward pass gets of tensors that are saved with hooks."""
+
+    def saved(*tensors: Tensor, hooks: Hooks) -> tuple[Tensor, ...]:
+        with applied(hooks):
+            loss = keep.apply(*tensors)
+        loss.backward()
+        return keep.seen.pop()
+
+    return saved
 
 
 def counting() -> tuple[Hooks, list[Tensor]]:
@@ -48,7 +42,7 @@ def counting() -> tuple[Hooks, list[Tensor]]:
     return Hooks(pack, AS_IS.unpack), given
 
 
-def test_large_fp32_tensors_are_rounded_and_all_others_are_not() -> None:
+def test_large_fp32_tensors_are_rounded_and_all_others_are_not(come_back: ComesBack) -> None:
     wide = torch.randn(4, NUMBER)
     source = (wide + 0).requires_grad_()
     inner, given = counting()
@@ -61,7 +55,7 @@ def test_large_fp32_tensors_are_rounded_and_all_others_are_not() -> None:
     assert [tensor.dtype for tensor in given].count(torch.bfloat16) == 2, "the rounded one, and the one that was narrow before"
 
 
-def test_views_are_rounded_once_and_keep_their_shapes() -> None:
+def test_views_are_rounded_once_and_keep_their_shapes(come_back: ComesBack) -> None:
     source = torch.randn(6, NUMBER, requires_grad=True)
     rows = source * 1
     inner, given = counting()
@@ -73,14 +67,14 @@ def test_views_are_rounded_once_and_keep_their_shapes() -> None:
     assert all(torch.equal(one, values) and one.shape == shape for one, (values, shape) in zip(found, expected, strict=True))
 
 
-def test_of_a_small_part_the_whole_is_not_rounded() -> None:
+def test_of_a_small_part_the_whole_is_not_rounded(come_back: ComesBack) -> None:
     source = torch.randn(40, NUMBER, requires_grad=True)
     rows = source * 1
     (found,) = come_back(rows[3], hooks=narrowing())
     assert torch.equal(found, rows.detach()[3])
 
 
-def test_the_rounding_is_what_the_docstring_says() -> None:
+def test_the_rounding_is_what_the_docstring_says(come_back: ComesBack) -> None:
     values = torch.randn(4 * NUMBER)
     (found,) = come_back(values.clone().requires_grad_() * 1, hooks=narrowing())
     assert 2.0**-9 < float(((found.detach() - values) / values).abs().max()) <= 2.0**-8

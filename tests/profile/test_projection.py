@@ -68,14 +68,38 @@ def test_recipe_settings_change_the_projection(capsys):
     assert (flat["algorithm"], hierarchical["algorithm"]) == ("ring_or_tree", "hierarchical")
 
 
+def test_a_model_cut_within_nodes_scales_and_one_cut_over_all_ranks_does_not(capsys):
+    """Over 5,616 ranks a ring has as many messages for every layer; within a node it has five, and only sums of a sixth cross."""
+    rows = summit(capsys, "prot_bert", "--what-if")["what_if"]
+    by_change = {row["change"]: row["overhead"] for row in rows}
+    over_all, within = by_change["the model cut over all ranks"], by_change["the model cut within each node, a copy on every node"]
+    assert over_all > 1.0 > 0.05 > within
+    for settings, overhead in (("full", over_all), ("hybrid", within)):
+        projection = summit(capsys, "prot_bert", "--set", f"parallel.sharding={settings}", "--what-if")
+        assert projection["points"][-1]["overhead"] == pytest.approx(overhead)
+        assert any("31 equal parts" in line for line in projection["assumptions"])  # 30 layers and the rest
+        changes = [row["change"] for row in projection["what_if"]]
+        assert "every rank holds the whole model" in changes
+        assert not any("bucket" in change for change in changes)
+
+
+def test_low_rank_sends_factors_and_computes_them(capsys):
+    whole, low = (summit(capsys, "prot_bert", *more)["points"][-1] for more in ((), ("--set", "parallel.compression=powersgd")))
+    assert low["communication_s"] < whole["communication_s"] / 4  # of 17 thousandths of the bytes, most is latency
+    assert low["exposed_comm_s"] > 0
+    ranks = (summit(capsys, "prot_bert", "--set", "parallel.compression=powersgd", "--set", f"parallel.powersgd_rank={rank}") for rank in (4, 32))
+    four, many = (projection["points"][-1]["exposed_comm_s"] for projection in ranks)
+    assert four < many
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["prot_bert", "--machine", "nvl72", "--nodes", "2"], "no [network] section"),
         (["prot_bert", "--machine", "summit", "--nodes", "9999"], "at most 4,608 nodes"),
         (["prot_bert", "--machine", "summit", "--nodes", "2", "--set", "precision=bf16"], "does not compute in bf16"),
-        (["prot_bert", "--machine", "summit", "--nodes", "2", "--set", "parallel.sharding=full"], "hold the whole model"),
-        (["prot_bert", "--machine", "summit", "--nodes", "2", "--set", "parallel.compression=powersgd"], "PowerSGD"),
+        (["prot_bert", "--machine", "summit", "--nodes", "3", "--set", "parallel.sharding=hybrid", "--set", "parallel.shard_ranks=12"], "take 2 or 4 nodes"),
+        (["prot_bert", "--machine", "summit", "--nodes", "2", "--set", "parallel.tensor_ranks=4"], "does not divide a node of 6 ranks"),
         (["prot_bert", "--machine", "summit", "--nodes", "2", "--comm", "links"], "with --machine the links are those of the profile"),
         (["prot_bert", "--machine", "summit", "--nodes", "two"], "not a list of numbers of nodes"),
         (["somewhere", "--nodes", "2", "--set", "seed=1"], "a measured study has its own"),

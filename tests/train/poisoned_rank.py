@@ -71,14 +71,15 @@ def poisoned(real: Callable[..., architecture.LossSum]) -> Callable[..., archite
 
 
 def poison_parameter(model: torch.nn.Module) -> None:
-    """The next gradient of one parameter is infinite."""
-    parameter = model.get_parameter(POISON["parameter"])
+    """The next gradient of one parameter is infinite. A cut model has whole ones only while their module works."""
+    owner, _, leaf = POISON["parameter"].rpartition(".")
+    module = model.get_submodule(owner)
 
-    def spoil(gradient: torch.Tensor) -> torch.Tensor:
-        handle.remove()
-        return gradient * float("inf")
+    def poison(*_: Any) -> None:
+        hooked.remove()
+        handle = getattr(module, leaf).register_hook(lambda gradient: (handle.remove(), gradient * float("inf"))[1])
 
-    handle = parameter.register_hook(spoil)
+    hooked = module.register_forward_pre_hook(poison)
 
 
 preemption.install()

@@ -33,7 +33,7 @@ from prottrans_hpc.rank import RankContext
 from prottrans_hpc.recipe import Checkpointing
 from prottrans_hpc.recipe_optimizers import Adafactor, Adam, AdamW, Lamb
 from prottrans_hpc.run_dir import RunDir
-from prottrans_hpc.train import checkpoint, optim, pieces, precision, resume, tensor_file
+from prottrans_hpc.train import checkpoint, host_optimizer, optim, pieces, precision, resume, tensor_file
 from prottrans_hpc.train.saving import SaveError, Saver
 
 # Odd sizes, fewer rows than ranks, a stack of matrices, and a tensor that LAMB must leave to a ratio of 1.
@@ -140,6 +140,44 @@ def train(folder: Path, layout: str, comm: Any) -> None:
         (folder / f"{layout}-{name}-{comm.rank}.json").write_text(json.dumps(norms))
 
 
+def build_on_host(net: Net, chosen: Any, comm: Any) -> host_optimizer.HostOptimizer:
+    """The optimizer of `memory.optimizer_on = "host"`, in groups of a few tensors."""
+    return host_optimizer.HostOptimizer(
+        dict(net.named_parameters()), {}, lambda weights: optim.build_optimizer(weights.items(), chosen, comm.all_reduce_sum), group_parameters=100
+    )
+
+
+def on_host(folder: Path, layout: str, comm: Any) -> None:
+    """The same steps with the optimizer on the device, on the host, and on the host after three of them: the same bits. Adafactor's sums over more
+    than two ranks may be added in another order, as they travel in other company."""
+    for chosen in OPTIMIZERS.values():
+        nets = [build(layout, 0) for _ in range(3)]
+        usual = optim.build_optimizer(nets[0].named_parameters(), chosen, comm.all_reduce_sum)
+        ours, later = (build_on_host(net, chosen, comm) for net in nets[1:])
+        assert len(ours._groups) > 2
+        for step in range(STEPS):
+            if step == 3:
+                fill(nets[2], later, 9)
+                precision.put_weights(nets[2], {}, dict(nets[0].state_dict()))
+                later.load_state_dict({name: tensor.clone() for name, tensor in usual.state_dict().items()})
+            for net, optimizer in zip(nets, (usual, ours, later), strict=True):
+                set_gradients(net, step)
+                optimizer.step(1e-2 / (1 + step), 0.5)
+        expected = whole(dict(nets[0].named_parameters())) | whole(dict(usual.state_dict()))
+        for net, optimizer in zip(nets[1:], (ours, later), strict=True):
+            found = whole(dict(net.named_parameters())) | {name: whole_of_host(tensor) for name, tensor in optimizer.state_dict().items()}
+            assert found.keys() == expected.keys()
+            tolerance = {"rtol": 3e-6, "atol": 3e-9} if chosen.name == "adafactor" else {"rtol": 0.0, "atol": 0.0}
+            for name, tensor in expected.items():
+                torch.testing.assert_close(found[name].cpu(), tensor.cpu(), **tolerance, msg=lambda text, what=f"{chosen.name} {name}": f"{what}: {text}")
+
+
+def whole_of_host(tensor: Tensor) -> Tensor:
+    """Of a tensor on the host that is cut like one on the device."""
+    back = pieces.elsewhere(pieces.local(tensor).to(DEVICE), tensor)
+    return back.full_tensor() if isinstance(back, DTensor) else back
+
+
 def state_of(net: Net, optimizer: Any) -> dict[str, dict[str, Tensor]]:
     return {"model": dict(net.state_dict()), "optimizer": dict(optimizer.state_dict())}
 
@@ -221,7 +259,7 @@ def begin_again(folder: Path, layout: str, comm: Any) -> None:
     for chosen in OPTIMIZERS.values():
         optimizer = optim.build_optimizer(net.named_parameters(), chosen, comm.all_reduce_sum)
         fill(net, optimizer, 5)
-        precision.put_weights(net, {}, pieces.cut_all(fresh.state_dict(), like=net.state_dict()))
+        precision.put_weights(net, {}, {name: pieces.cut_out(fresh.state_dict()[name], like) for name, like in net.state_dict().items()})
         resume.forget_moments(SimpleNamespace(optimizer=optimizer))
         assert all(torch.equal(tensor, fresh.state_dict()[name]) for name, tensor in whole(dict(net.state_dict())).items())
         assert not any(tensor.any() for tensor in whole(dict(optimizer.state_dict())).values())
@@ -230,20 +268,32 @@ def begin_again(folder: Path, layout: str, comm: Any) -> None:
 @contextlib.contextmanager
 def noting_reads(opened: list[str]) -> Iterator[None]:
     """Put the names of the tensor files that are read in here into `opened`."""
-    real = tensor_file.read
+    real = {name: getattr(tensor_file, name) for name in ("read", "read_each")}
 
-    def read(path: Path, *, sha256: str) -> dict[str, Tensor]:
-        opened.append(path.name)
-        return real(path, sha256=sha256)
+    def noting(name: str) -> Callable[..., Any]:
+        def read(path: Path, *, sha256: str) -> Any:
+            opened.append(path.name)
+            return real[name](path, sha256=sha256)
 
-    tensor_file.read = read
+        return read
+
+    for name in real:
+        setattr(tensor_file, name, noting(name))
     try:
         yield
     finally:
-        tensor_file.read = real
+        for name, function in real.items():
+            setattr(tensor_file, name, function)
 
 
-SCENARIOS: dict[str, Callable[[Path, str, Any], None]] = {"train": train, "save": save, "load": load, "begin again": begin_again, "full disk": full_disk}
+SCENARIOS: dict[str, Callable[[Path, str, Any], None]] = {
+    "train": train,
+    "save": save,
+    "load": load,
+    "on host": on_host,
+    "begin again": begin_again,
+    "full disk": full_disk,
+}
 
 
 def run_rank(rank: int, scenario: str, folder: Path, layouts: list[str]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from prottrans_hpc.train.attribution import Finding, Replay, findings, verdict
+from prottrans_hpc.train.attribution import Finding, Replay, findings, origins, verdict
 
 POISONED = Path(__file__).with_name("poisoned_rank.py")
 NAN = math.nan
@@ -48,6 +48,12 @@ def test_the_verdict_of_all_ranks() -> None:
     assert verdict([], 0.5, exact=False) == "unknown"
 
 
+def test_what_a_tensor_group_has_from_one_another_is_told_once() -> None:
+    one, other, third = Finding(3, 0, "loss"), Finding(2, 0, "gradient"), Finding(2, 1, "gradient")
+    assert origins([other, third, one], 2) == [third, one]
+    assert origins([other, third, one], 1) == [other, third, one]
+
+
 CASES = {
     "parameter": ({"how": "parameter", "parameter": "layers.1.value.weight"}, "numbers"),
     "loss_once": ({"how": "loss", "forwards": 1}, "hardware"),
@@ -55,11 +61,24 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_a_poisoned_step_is_traced(tmp_path, make_run, start_ranks, history, prottrans, case) -> None:
-    poison, expected = CASES[case]
-    folder = make_run(tmp_path / "run", "validation.every_steps=0", num_ranks=2, stop_after_step=4)
-    start_ranks(folder, 2, main=POISONED, env={"POISON": json.dumps({"steps": [3], "ranks": [1], "passes": 1} | poison)}).end(0)
+FULL, HYBRID = ("parallel.sharding=full",), ("parallel.sharding=hybrid", "parallel.shard_ranks=2")
+LAYOUTS = {
+    "whole": (2, ()),
+    "full": (2, FULL),
+    "hybrid": (4, HYBRID),
+    "tensor": (2, ("parallel.tensor_ranks=2",)),
+    "both": (4, (*FULL, "parallel.tensor_ranks=2")),
+}
+
+
+@pytest.mark.parametrize(
+    ("case", "layout"),
+    [*((case, "whole") for case in CASES), ("parameter", "full"), ("parameter", "both")],
+)
+def test_a_poisoned_step_is_traced(tmp_path, make_run, start_ranks, history, prottrans, case, layout) -> None:
+    (poison, expected), (num_ranks, settings) = CASES[case], LAYOUTS[layout]
+    folder = make_run(tmp_path / "run", "validation.every_steps=0", *settings, num_ranks=num_ranks, stop_after_step=4)
+    start_ranks(folder, num_ranks, main=POISONED, env={"POISON": json.dumps({"steps": [3], "ranks": [1], "passes": 1} | poison)}).end(0)
     (event,) = [event for event in history(folder) if event["event"] == "non-finite numbers"]
     assert (event["step"], event["verdict"]) == (3, expected)
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -73,3 +92,14 @@ def test_a_poisoned_step_is_traced(tmp_path, make_run, start_ranks, history, pro
         assert {one["num_parameters"] for one in event["where"]} == {1}
         shown = prottrans("runs", "show", str(folder)).stdout
         assert f"step 3 skipped, non-finite numbers: computed again it is not finite again; rank 1 on {host}, first layers.1.value.weight, samples" in shown
+
+
+@pytest.mark.parametrize("layout", ["hybrid", "tensor"])
+def test_a_loss_that_is_not_finite_again_is_traced_to_its_rank(tmp_path, make_run, start_ranks, history, layout) -> None:
+    num_ranks, settings = LAYOUTS[layout]
+    folder = make_run(tmp_path / "run", "validation.every_steps=0", *settings, num_ranks=num_ranks, stop_after_step=4)
+    start_ranks(folder, num_ranks, main=POISONED, env={"POISON": json.dumps({"steps": [3], "ranks": [1], "passes": 1, "how": "loss"})}).end(0)
+    (event,) = [event for event in history(folder) if event["event"] == "non-finite numbers"]
+    assert (event["step"], event["verdict"]) == (3, "numbers")
+    assert {(one["rank"], one["what"]) for one in event["where"]} == {(1, "loss")}
+    assert all(one["samples"] and one["parameter"] for one in event["where"])

@@ -55,11 +55,12 @@ def test_a_streak_goes_back_once_and_then_goes_on_as_if_nothing_had_been(tmp_pat
     assert (back["step"], back["to"]) == (7, 3)
 
 
-def test_a_streak_before_the_first_checkpoint_goes_back_to_the_starting_weights(tmp_path, make_run, start_ranks, outcome, same):
-    straight = make_run(tmp_path / "straight", num_ranks=1, stop_after_step=5)
-    start_ranks(straight, 1).end(0)
-    folder = make_run(tmp_path / "run", "non_finite_limit=1", num_ranks=1, stop_after_step=5)
-    start_ranks(folder, 1, main=POISONED, env=_poison(steps=[2], ranks=[0])).end(0)
+@pytest.mark.parametrize(("num_ranks", "settings"), [(1, ()), (2, ("parallel.sharding=full",))])
+def test_a_streak_before_the_first_checkpoint_goes_back_to_the_starting_weights(tmp_path, make_run, start_ranks, outcome, same, num_ranks, settings):
+    straight = make_run(tmp_path / "straight", *settings, num_ranks=num_ranks, stop_after_step=5)
+    start_ranks(straight, num_ranks).end(0)
+    folder = make_run(tmp_path / "run", "non_finite_limit=1", *settings, num_ranks=num_ranks, stop_after_step=5)
+    start_ranks(folder, num_ranks, main=POISONED, env=_poison(steps=[2], ranks=[0])).end(0)
     found, expected = outcome(folder), outcome(straight)
     assert found["state"].pop("identity") != expected["state"].pop("identity")  # the limit belongs to the recipe
     same(found, expected)
@@ -89,7 +90,7 @@ def test_a_dead_rank_ends_the_others(tmp_path, make_run, start_ranks):
     gang.signal_rank(1, 9)
     began = time.monotonic()
     assert gang.end(None) == 137
-    assert time.monotonic() - began < 45  # the comm time-out of the recipe is 60 s; a closed connection is seen at once
+    assert time.monotonic() - began < 120  # the comm time-out of the recipe is 180 s; a closed connection is seen at once
     assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
 
 

@@ -93,7 +93,7 @@ def test_closing_waits_for_the_item_in_work_and_releases_the_source():
     items = Prefetcher(source(), depth=1, name="tested")
     next(items)
     items.close()
-    assert released.wait(10)
+    assert released.wait(60)
 
 
 def test_a_consumer_that_fails_leaves_no_thread():

@@ -14,6 +14,7 @@ STEPS = ("--steps", "6", "--set", "phases.0.global_batch_size=8", "--set", "load
 VALIDATION = ("--set", "validation.every_steps=2", "--set", "validation.max_sequences=8", "--set", "checkpoint.every_steps=3")
 SHORT = ("phases.0.steps=8",)
 FULL = ("parallel.sharding=full",)
+MOVED = ("memory.lms_limit_gib=0", "memory.recompute_every=1", "memory.recompute_keeps=attention_and_narrow")
 COPIES = ("parallel.sharding=hybrid", "parallel.shard_ranks=1", "parallel.tensor_ranks=2")
 EXACT = ("step", "phase", "epoch", "samples", "order", "lr", "num_sequences", "num_residues", "num_targets")
 
@@ -46,18 +47,18 @@ def test_the_command_line_trains_cut_models(num_ranks: int, settings: tuple[str,
         _same_to_tolerance(_records(run / name), _records(on_one_rank / name))
 
 
-def test_killed_and_resumed_or_moved_it_is_the_straight_run(
+def test_killed_and_resumed_under_other_memory_policies_or_moved_it_is_the_straight_run(
     tmp_path: Path, make_run: Callable[..., Path], start_ranks: Any, outcome: Callable[[Path], dict[str, Any]], same: Any
 ):
     straight = make_run(tmp_path / "straight", *FULL, *SHORT)
     start_ranks(straight, 2).end(0)
     expected = outcome(straight)
-    killed = make_run(tmp_path / "killed", *FULL, *SHORT, "checkpoint.every_steps=1")
+    killed = make_run(tmp_path / "killed", *FULL, *SHORT, "checkpoint.every_steps=1", *MOVED)
     gang = start_ranks(killed, 2)
     gang.wait_for_step(3)
     gang.kill()
     moved = Path(shutil.copytree(killed, tmp_path / "moved"))
-    start_ranks(killed, 2).end(0)
+    start_ranks(make_run(killed, *FULL, *SHORT, "memory.recompute_every=2", "memory.optimizer_on=host"), 2).end(0)
     same(outcome(killed), expected)
     start_ranks(make_run(moved, *COPIES, *SHORT, num_ranks=4), 4).end(0)
     found = outcome(moved)

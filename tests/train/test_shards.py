@@ -62,6 +62,10 @@ def test_plain_gangs_keep_the_bits_of_one_rank(trained: Path) -> None:
         assert (trained / f"ddp3-{optimizer}-2.safetensors").read_bytes() == (trained / f"one-{optimizer}-0.safetensors").read_bytes()
 
 
+def test_an_optimizer_on_the_host_is_that_of_the_device(tmp_path: Path) -> None:
+    run_gangs("on host", tmp_path, ["fsdp2", "hybrid2x2", "fsdp2xtp2"])
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run directory a layout, with checkpoints of the steps 1 and 2."""
@@ -226,3 +230,22 @@ def test_killed_before_touches_of_the_file_system_by_either_rank(tmp_path: Path)
         assert set(newest) == {2, 3}, "a loader must find the old or the new one"
         assert newest == sorted(newest), "and the new one for good once it was there"
     assert [result["newest"] for result in found if result["rank"] == 1 and result["touch"]] == [2] * (len(newest) - 1), "no checkpoint lacks a rank's pieces"
+
+
+def test_every_file_is_forced_to_storage_by_its_writer_and_rank_0_needs_no_more_calls_for_more_of_them(tmp_path: Path) -> None:
+    layouts = ["fsdp2", "fsdp4"]
+    command = [sys.executable, str(HERE / "count_syncs.py"), "syncs", str(tmp_path), ",".join(layouts)]
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(HERE.parents[1]), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    commits = []
+    for layout in layouts:
+        forced = [json.loads((tmp_path / f"{layout}-syncs-{rank}.json").read_text()) for rank in range(LAYOUTS[layout])]
+        files = {path.name for step in (1, 2) for path in RunDir(tmp_path / layout).checkpoint(step).glob("*.safetensors")}
+        assert len(files) == 2 * LAYOUTS[layout]
+        assert sorted(name for names in forced for name in names if name in files) == sorted([*files, *files]), "each once in each of the two saves"
+        for names in forced:
+            places = [index for index, name in enumerate(names) if name in files]
+            assert all(names[index + 1].startswith(".step-") for index in places), "then its name, before it is told of"
+        commits.append(sorted(name.split(".tmp-")[0] for name in forced[0] if name not in files))
+    few, many = commits
+    assert few == many and {"state.json", ".manifest.json", "checkpoints"} <= set(few)

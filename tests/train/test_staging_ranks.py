@@ -111,7 +111,7 @@ def fails(folder: Path, start_ranks: Callable[..., object], code: int, *, num_ra
     began = time.monotonic()
     gang = start_ranks(folder, num_ranks, num_nodes=2)
     gang.end(code)
-    assert time.monotonic() - began < 45  # the comm time-out of the recipe is 60 s
+    assert time.monotonic() - began < 120  # the comm time-out of the recipe is 180 s
     return gang.errors.read_text()
 
 
@@ -168,7 +168,7 @@ def slow_corpus(tmp_path, small_corpus):
 
 
 def test_a_file_system_that_hangs_is_named(tmp_path, slow_corpus, make_run, start_ranks):
-    folder = make_run(tmp_path / "run", "parallel.timeout_s=4", machine=staging_machine(tmp_path / "disks"), corpus=slow_corpus[0])
+    folder = make_run(tmp_path / "run", "parallel.timeout_s=8", machine=staging_machine(tmp_path / "disks"), corpus=slow_corpus[0])
     said = fails(folder, start_ranks, 74)
     assert re.search(r"could not be staged on node 0 \(.*\): .*/slow: nothing was read or written for \d+ s; on node 1", said)
 
@@ -185,7 +185,7 @@ def test_a_request_to_stop_is_heard_while_a_copy_runs(tmp_path, slow_corpus, mak
             assert time.monotonic() < deadline, gang.story()
             time.sleep(0.01)
         gang.signal_rank(1, 15)
-        time.sleep(1.0)
+        time.sleep(3.0)  # a busy rank hears it later
         pipe.write(b"x" * 10_000)
         gang.end(75)
     assert "while the corpus was staged" in gang.errors.read_text()

@@ -60,7 +60,7 @@ def test_what_the_script_writes_a_moment_after_it_opened_the_file_is_the_cause(t
     own = tmp_path / preemption.stop_file_name(NONCE)
     own.touch()
     assert preemption.requested()
-    writer = threading.Timer(0.2, own.write_text, ["SIGUSR2\n"])
+    writer = threading.Timer(0.05, own.write_text, ["SIGUSR2\n"])
     writer.start()
     assert preemption.cause() == "SIGUSR2 to the job script"
     writer.join()

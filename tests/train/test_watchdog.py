@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 
+from prottrans_hpc import whereabouts
 from prottrans_hpc.run_dir import RunDir
+from prottrans_hpc.train.stragglers import Place
 from prottrans_hpc.train.stuck_ranks import Sighting, find_hang, read_sightings, record, sightings_file, unheard
-from prottrans_hpc.train.watchdog import limits
+from prottrans_hpc.train.watchdog import Limits, Watchdog, limits
 
 STUCK = Path(__file__).with_name("stuck_rank.py")
 HOSTS = ["n1", "n1", "n2", "n2"]
@@ -103,7 +105,7 @@ def wait_for_hang(gang: Any, folder: Path, ranks: list[int]) -> dict[str, Any]:
     deadline = time.monotonic() + 240
     while True:
         over = gang.process.poll() is not None
-        for event in map(json.loads, (folder / "history.jsonl").read_text().splitlines()):
+        for event in map(json.loads, (folder / "history.jsonl").read_text().split("\n")[:-1]):
             if event["event"] == "hang" and event["ranks"] == ranks:
                 return dict(event)
         assert not over and time.monotonic() < deadline, gang.story()
@@ -155,3 +157,36 @@ def test_a_long_validation_is_no_hang(tmp_path, make_run, start_ranks, history) 
     assert not [event for event in history(folder) if event["event"] == "hang" and "validation" in event["what"]]
     assert not list((folder / "logs").glob("stacks-*"))
     assert "goes on after" in (folder / "logs" / "node-0000.log").read_text()
+
+
+def test_a_rank_that_is_alone_and_stands_still_is_ended_with_75_and_the_next_start_goes_on(tmp_path, make_run, start_ranks, history, prottrans) -> None:
+    settings = ("validation.every_steps=0", "checkpoint.every_steps=2", "parallel.timeout_s=12", "health.hang_fraction=0.3")
+    folder = make_run(tmp_path / "run", *settings, num_ranks=1, stop_after_step=6)
+    start_ranks(folder, 1, main=STUCK, env={"STUCK": json.dumps({"rank": 0, "step": 4, "seconds": 600})}).end(75)
+    hang, stop = [event for event in history(folder) if event["event"] in ("hang", "stop")]
+    assert (hang["ranks"], stop["step"], stop["exit_code"]) == ([0], 3, 75)
+    assert "the only rank got nowhere for" in stop["cause"] and "step 4" in stop["cause"]
+    (stacks,) = (folder / "logs").glob("stacks-*.txt")
+    assert stacks.read_text().count("in stand_still") >= 2, "when it is told of, and at its end"
+    assert "the only rank got nowhere" in prottrans("runs", "show", str(folder)).stdout
+    start_ranks(folder, 1).end(0)
+    assert (history(folder)[-1]["event"], history(folder)[-1]["step"]) == ("stop", 6)
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "is_patient", "went_on_after_s", "ends"), [(1, False, 0.0, True), (1, True, 0.0, False), (2, False, 0.0, False), (1, False, 60.0, False)]
+)
+def test_only_a_rank_that_is_alone_and_should_have_moved_is_ended(tmp_path, monkeypatch, num_ranks, is_patient, went_on_after_s, ends) -> None:
+    (tmp_path / "logs").mkdir()
+    codes: list[int] = []
+    here = whereabouts.Whereabouts("training", is_patient=is_patient, step=9)
+    monkeypatch.setattr("prottrans_hpc.train.watchdog.HERE", here)
+    monkeypatch.setattr("prottrans_hpc.train.watchdog.os._exit", codes.append)
+    places = [Place("n1", 0, os.getpid())] * num_ranks
+    watchdog = Watchdog(RunDir(tmp_path), places, 0, start_id="start", limits=Limits(0.0, 0.1, 0.3, 0.2))
+    watchdog._longest_s = went_on_after_s
+    with watchdog:
+        deadline = time.monotonic() + (60 if ends else 1)
+        while not codes and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert set(codes) == ({75} if ends else set())

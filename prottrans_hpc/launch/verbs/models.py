@@ -51,6 +51,7 @@ def show(context: click.Context, name: str, as_json: bool) -> None:
     for size in record["sizes"]:
         click.echo(f"\n{size['name']}: {_parameters(size)}\n  from: {size['reference']}")
         click.echo("  shape: " + ", ".join(f"{key} {value}" for key, value in size["shape"].items()))
+        click.echo("  tensor groups: " + (f"of {', '.join(map(str, degrees))} ranks" if (degrees := size["tensor_ranks"][1:]) else "none"))
         for erratum in size["errata"]:
             if erratum not in shared:
                 click.echo(f"  erratum: {erratum}")
@@ -88,6 +89,7 @@ def describe(record: Any) -> dict[str, Any]:
             "reference": size.reference,
             "errata": list(size.errata),
             "shape": dataclasses.asdict(size.shape),
+            "tensor_ranks": record.tensor_parallel.degrees(size.shape) if record.tensor_parallel else [1],
         }
         for name, size in record.sizes.items()
     ]

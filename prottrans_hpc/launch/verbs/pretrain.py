@@ -5,17 +5,17 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
 from ... import errors, terminal
 from ..demand import AUTO, Demand, time_text
-from ..options import account, as_minutes, examples, exclude, machine_option, path_option, settings, size, verbosity
+from ..options import account, as_minutes, examples, exclude, machine_option, path_option, preflight, settings, size, verbosity
 
 if TYPE_CHECKING:
     from ...recipe import Recipe
-    from ...run_dir import Init
+    from ...run_dir import Init, Preflight
     from ..gang import Plan
     from ..prospect import Prospect
 
@@ -26,6 +26,7 @@ _EXAMPLES = examples(
     "prottrans pretrain tiny_prot_bert --corpus corpus --dry-run > job.sh",
     "prottrans pretrain tiny_prot_bert --corpus corpus --lr-range 1e-4:1 --steps 100",
     "prottrans pretrain prot_bert_bfd --corpus bfd --machine summit --racks 52 --account ABC123 --chain 2 --dry-run",
+    "prottrans pretrain prot_bert_bfd --corpus bfd --machine my_cluster.toml --nodes 64 --preflight comm",
     "prottrans pretrain prot_t5_xl_u50 --corpus uniref50 --machine my_cluster.toml --racks 2 --init runs/bfd --after runs/bfd",
 )
 
@@ -46,6 +47,7 @@ class _Choices:
     """Jobs of a chain, or "auto"; None: one job."""
     total_min: int | None
     excluded: tuple[str, ...] | None
+    preflight: Preflight | Literal["none"] | None
     run_dir: Path | None
     init: Path | None
     init_optimizer: bool
@@ -77,6 +79,7 @@ def _as_chain(ctx: click.Context, param: click.Parameter, value: str | None) -> 
 @click.option("--chain", metavar="N|auto", callback=_as_chain, help="Submit N jobs, each resuming the one before; auto: as many as the training takes.")
 @click.option("--total-time", "total_min", metavar="H:MM", callback=as_minutes, help="What the whole training takes, if you know it; for --chain auto.")
 @exclude
+@preflight
 @path_option("--run-dir", metavar="DIR", help="Where the run lives.  [default: runs/RECIPE-ID, the same for the same experiment]")
 @path_option("--init", metavar="RUN_OR_CHECKPOINT", help="Begin with the weights of another run, at its end, or of a checkpoint, trained or imported.")
 @click.option("--init-optimizer", is_flag=True, help="With --init: go on with the optimizer's state, too, instead of a new one.")
@@ -144,7 +147,7 @@ def _plan(choices: _Choices) -> Plan:
     from ...machine import read_machine
     from ...recipe import read_recipe
     from ...run_dir import RunDir
-    from .. import ancestor, checks, epochs, exclusion, gang, lr_range, placement, planner, prospect
+    from .. import ancestor, checks, epochs, exclusion, gang, lr_range, placement, planner, preflight_notes, prospect
 
     recipe, machine = read_recipe(choices.recipe, choices.settings), read_machine(choices.machine)
     name = gang.usable_name(choices.recipe)
@@ -168,12 +171,14 @@ def _plan(choices: _Choices) -> Plan:
     seen = prospect.look_ahead(recipe, machine, choices.demand, corpus=facts, assumptions=assumptions, keeps_bins=checks.sets_bins(choices.settings))
     terminal.note(f"model: {checks.model_line(recipe, chosen, model_size)}; {recipe.num_steps:,} steps ({choices.recipe})")
     without = exclusion.leave_out(machine, seen.allocation, choices.excluded or (), run_dir)
-    for remark in (*checks.remarks(recipe, facts), *seen.notes, *planner.remarks(recipe, machine, without), *exclusion.remarks(without)):
+    measured = None if choices.preflight == "none" else choices.preflight
+    later = (*exclusion.remarks(without), *preflight_notes.remarks(measured, without))
+    for remark in (*checks.remarks(recipe, facts), *seen.notes, *planner.remarks(recipe, machine, without), *later):
         terminal.note(f"note: {remark}")
     flags = RANK_FLAGS[terminal.verbosity()]
     allocation = placement.name_nodes(machine, without, required=not choices.dry_run)
     num_jobs = _num_jobs(choices, seen)
-    return gang.Plan(seen.recipe, name, facts, machine, allocation, choices.steps, run_dir, flags, choices.account, num_jobs, init, after)
+    return gang.Plan(seen.recipe, name, facts, machine, allocation, choices.steps, run_dir, flags, choices.account, num_jobs, init, after, measured)
 
 
 def _init(choices: _Choices, recipe: Recipe, *, waits: bool) -> Init | None:
@@ -239,6 +244,8 @@ def _introduce(plan: Plan, state: str) -> None:
 
 def conclude(plan: Plan, code: int) -> None:
     """What the exit code means and what to do next."""
+    from .. import preflight_notes
+
     path = plan.run_dir.path
     if code == errors.DONE:
         terminal.note(f"done: embed with `prottrans embed {path} PROTEINS.fasta --out FILE.h5`, export with `prottrans export {path} --to hf DIR`")
@@ -246,5 +253,5 @@ def conclude(plan: Plan, code: int) -> None:
         if not plan.run_dir.checkpoint_steps():  # else rank 0 has told where the run goes on
             terminal.note(f"stopped before the first checkpoint: the same command starts again (exit code {code})")
     else:
-        meaning = errors.MEANING.get(code, f"killed by signal {code - 128}" if code > 128 else "see the log")
+        meaning = preflight_notes.closed(plan.run_dir, code) or errors.MEANING.get(code, f"killed by signal {code - 128}" if code > 128 else "see the log")
         terminal.warn(f"the job ended with exit code {code}: {meaning}. Logs: {plan.run_dir.node_log(0).parent}")

@@ -17,6 +17,7 @@ _EXAMPLES = examples(
     "prottrans project-scaling studies/prot_bert --comm studies/links --nodes 936",
     "prottrans project-scaling prot_bert --machine summit --nodes 1,2,4,18,936",
     "prottrans project-scaling prot_txl --machine summit --nodes 936 --json",
+    "prottrans project-scaling prot_t5_xl_u50 --machine frontier --nodes 1,64,512 --set parallel.sharding=hybrid --what-if",
 )
 
 
@@ -32,7 +33,7 @@ def _as_sizes(ctx: click.Context, param: click.Parameter, value: str) -> tuple[i
 @click.option("--nodes", metavar="N,N...", required=True, callback=_as_sizes, help="Numbers of nodes to predict.")
 @click.option("--machine", metavar="NAME", help="Without measurements: RECIPE on this machine, from the numbers in its profile.")
 @path_option("--comm", metavar="DIR", help="A study of `prottrans comm` on the same machine: the links are taken from it, and one size fewer is needed.")
-@click.option("--what-if", is_flag=True, help="Also: other buckets, 16-bit gradients, accumulation, another reduction, at the largest size.")
+@click.option("--what-if", is_flag=True, help="Also: other buckets, 16-bit gradients, accumulation, another reduction, the model cut, at the largest size.")
 @click.option(
     "--utilisation",
     metavar="SHARE",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ... import errors, terminal
-from ..options import Command, account, as_json, examples, exclude, path_option, size, verbosity
+from ..options import Command, account, as_json, examples, exclude, path_option, preflight, size, verbosity
 
 if TYPE_CHECKING:
     from ...run_dir import RunDir
@@ -155,6 +155,7 @@ def cancel(run: str, folder: Path, as_json: bool) -> None:
 @click.option("--chain", "num_jobs", metavar="N", type=click.IntRange(1), help="Jobs to submit, each resuming the one before.  [default: as before]")
 @account
 @exclude
+@preflight
 @click.option("--dry-run", is_flag=True, help="Print the job script, and do nothing else.")
 @click.option("--detach", is_flag=True, help="Run in the background.")
 @click.option("-f", "--follow", "follows", is_flag=True, help="Print the job's log until it has ended; its exit code is this command's.")
@@ -164,7 +165,8 @@ def cancel(run: str, folder: Path, as_json: bool) -> None:
 def resume(run: str, folder: Path, as_json: bool, **choices: Any) -> int:
     """Start a run again from its newest checkpoint: nobody needs the command line that began it.
 
-    Recipe and corpus are those of run.json; machine, size, walltime, queue, chain, account and excluded nodes stay as they were unless they are given.
+    Recipe and corpus are those of run.json; machine, size, walltime, queue, chain, account, excluded nodes and preflight stay as they were
+    unless they are given.
     """
     from .. import resuming
 

@@ -90,7 +90,7 @@ class Training:
         """Wait until the n-th start trains."""
 
         def trains() -> bool:
-            lines = self.run_dir.history.read_bytes().splitlines() if self.run_dir.history.exists() else []
+            lines = self.run_dir.history.read_bytes().split(b"\n")[:-1] if self.run_dir.history.exists() else []
             starts = [line for line in map(json.loads, lines) if line["event"] == "start"]
             return len(starts) >= number and self.step > starts[number - 1]["step"]
 

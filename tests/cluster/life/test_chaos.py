@@ -32,7 +32,7 @@ SETTINGS = ("phases.0.steps=1000000", "checkpoint.every_steps=20", "checkpoint.k
 RANKS = r"""for p in /proc/[0-9]*; do
   if tr '\0' ' ' <$p/cmdline 2>/dev/null | grep -q '^[^ ]*python[^ ]* -P -m prottrans_hpc pretrain'; then echo ${p#/proc/}; fi
 done"""
-QUEUES = {"killable": "8 s of grace", "killable_at_once": "no grace"}
+QUEUES = {"killable": "20 s of grace", "killable_at_once": "no grace"}
 
 Draw = random.Random
 

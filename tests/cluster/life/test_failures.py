@@ -62,7 +62,7 @@ def test_a_node_without_power_is_named_and_the_job_goes_on_elsewhere(cluster: Cl
 
 
 def test_a_cut_link_ends_the_ranks_on_both_sides(cluster: Cluster, training: MakeTraining) -> None:
-    run = training(settings=("parallel.timeout_s=8",))
+    run = training(settings=("parallel.timeout_s=15",))
     run.submit()
     run.wait_for_step(20)
     first, victim = nodes_of(run)
@@ -70,8 +70,8 @@ def test_a_cut_link_ends_the_ranks_on_both_sides(cluster: Cluster, training: Mak
     cluster.cut(victim)
     # Nobody tells either side anything: each finds out by the time limit of a collective.
     cluster.wait(lambda: not ranks_on(cluster, victim) and not ranks_on(cluster, first), "the ranks to end")
-    assert time.monotonic() - began < 8 + 60, "\n".join(path.read_text() for path in (run.folder / "logs").iterdir())
-    assert f"lost rank 1 on {victim}" in run.log, run.story()
+    assert time.monotonic() - began < 15 + 120, "\n".join(path.read_text() for path in (run.folder / "logs").iterdir())
+    cluster.wait(lambda: f"lost rank 1 on {victim}" in run.log, "what the ranks said to come through srun")
     # Slurm has yet to notice; when it does it ends the script, perhaps before that can say a word, and starts the job elsewhere.
     run.wait_event("begun", 2)
     notes = [str(event["cause"]) for event in run.events("ended", "taken_over")]
