@@ -4,7 +4,8 @@
  * An update is bound by memory: 24 bytes a parameter are moved to renew the moments and to add up the norms, 16 more to
  * apply the result, which is computed a second time because that costs less than to store and read it. Consecutive
  * tensors are taken together until they fill a group; the second sweep over a group goes backwards, so that it begins
- * with what the caches still hold.
+ * with what the caches still hold. Where ranks hold pieces of tensors, the norms are sums over ranks: then each sweep is
+ * a call of its own.
  *
  * Work is cut into chunks of a fixed number of elements. Each chunk is summed by itself, in double precision and in
  * eight interleaved parts, and the sums of chunks are added in their order: so the result depends neither on the number
@@ -103,8 +104,11 @@ WIDEST static void second_sweep(const numbers *n, const tensor *t, const chunk *
     }
 }
 
+enum part { UPDATE, MOMENTS, PARAMETERS, SQUARES };
+
 typedef struct {
-    const numbers *numbers; /* NULL: only the sums of squares of x are wanted */
+    enum part part;
+    const numbers *numbers;
     double learning_rate;
     tensor *tensors;
     chunk *chunks;
@@ -154,26 +158,31 @@ static void meet(job *j) {
     if (j->num_threads > 1) pthread_barrier_wait(&j->barrier);
 }
 
+/* One sweep over a chunk. */
+static void sweep(const job *j, enum part part, chunk *c) {
+    const tensor *t = &j->tensors[c->tensor];
+    if (part == MOMENTS)
+        first_sweep(j->numbers, t, c);
+    else if (part == PARAMETERS)
+        second_sweep(j->numbers, t, c);
+    else
+        c->x_squares = squares_of(t->x + c->start, c->size);
+}
+
 static void *work(void *argument) {
     const worker *w = argument;
     job *j = w->job;
+    const int is_whole = j->part == UPDATE;
     for (int64_t first = 0, end; first < j->num_chunks; first = end) {
-        end = j->numbers ? end_of_group(j, first) : j->num_chunks;
+        end = is_whole ? end_of_group(j, first) : j->num_chunks;
         const int64_t count = end - first;
         const int64_t own = first + count * w->index / j->num_threads, own_end = first + count * (w->index + 1) / j->num_threads;
-        for (int64_t i = own; i < own_end; i++) {
-            chunk *c = &j->chunks[i];
-            const tensor *t = &j->tensors[c->tensor];
-            if (j->numbers)
-                first_sweep(j->numbers, t, c);
-            else
-                c->x_squares = squares_of(t->x + c->start, c->size);
-        }
-        if (!j->numbers) break;
+        for (int64_t i = own; i < own_end; i++) sweep(j, is_whole ? MOMENTS : j->part, &j->chunks[i]);
+        if (!is_whole) break;
         meet(j);
         if (w->index == 0) set_rates(j, first, end);
         meet(j);
-        for (int64_t i = own_end; i-- > own;) second_sweep(j->numbers, &j->tensors[j->chunks[i].tensor], &j->chunks[i]);
+        for (int64_t i = own_end; i-- > own;) sweep(j, PARAMETERS, &j->chunks[i]);
     }
     return NULL;
 }
@@ -264,26 +273,67 @@ static int cut_and_run(job *j, Py_ssize_t num_tensors, int num_threads) {
     return 0;
 }
 
-static PyObject *step(PyObject *self, PyObject *arguments) {
-    Py_buffer addresses, sizes, adapts;
+/* The rates of an update whose trust ratios, fp64 [tensors], are known. -1 and a Python error when they do not match. */
+static int take_ratios(job *j, Py_ssize_t num_tensors, const Py_buffer *ratios) {
+    if (!ratios->buf || ratios->len != num_tensors * 8) {
+        PyErr_SetString(PyExc_ValueError, "there must be one trust ratio for each tensor");
+        return -1;
+    }
+    for (Py_ssize_t i = 0; i < num_tensors; i++) j->tensors[i].rate = (float)(j->learning_rate * ((const double *)ratios->buf)[i]);
+    return 0;
+}
+
+/* bytes: fp64 [tensors][2], the squares of x and of r + lambda x. */
+static PyObject *squares_by_tensor(const job *j, Py_ssize_t num_tensors) {
+    PyObject *result = PyBytes_FromStringAndSize(NULL, num_tensors * 16);
+    if (!result) return NULL;
+    double *squares = (double *)PyBytes_AS_STRING(result);
+    for (Py_ssize_t i = 0; i < 2 * num_tensors; i++) squares[i] = 0.0;
+    for (int64_t i = 0; i < j->num_chunks; i++) {
+        squares[2 * j->chunks[i].tensor] += j->chunks[i].x_squares;
+        squares[2 * j->chunks[i].tensor + 1] += j->chunks[i].r_squares;
+    }
+    return result;
+}
+
+/* An update, or one of its sweeps. */
+static PyObject *update(PyObject *arguments, enum part part) {
+    Py_buffer addresses, sizes, adapts, ratios = {0};
     double learning_rate, factor, beta1, beta2, epsilon, weight_decay, correction1, correction2;
     int num_threads;
     PyObject *result = NULL;
-    (void)self;
-    if (!PyArg_ParseTuple(arguments, "y*y*y*ddddddddi", &addresses, &sizes, &adapts, &learning_rate, &factor, &beta1, &beta2, &epsilon, &weight_decay,
-                          &correction1, &correction2, &num_threads))
+    if (!PyArg_ParseTuple(arguments, "y*y*y*ddddddddi|y*", &addresses, &sizes, &adapts, &learning_rate, &factor, &beta1, &beta2, &epsilon, &weight_decay,
+                          &correction1, &correction2, &num_threads, &ratios))
         return NULL;
     const numbers n = {(float)factor,         (float)beta1,        (float)(1.0 - beta1), (float)beta2,      (float)(1.0 - beta2), (float)epsilon,
                        (float)weight_decay, (float)correction1, (float)correction2};
-    job j = {.numbers = &n, .learning_rate = learning_rate};
+    const Py_ssize_t count = sizes.len / 8;
+    job j = {.part = part, .numbers = &n, .learning_rate = learning_rate};
     j.tensors = read_tensors(&addresses, &sizes, &adapts, 4);
-    if (j.tensors && cut_and_run(&j, sizes.len / 8, num_threads) == 0) result = Py_NewRef(Py_None);
+    if (j.tensors && (part != PARAMETERS || take_ratios(&j, count, &ratios) == 0) && cut_and_run(&j, count, num_threads) == 0)
+        result = part == MOMENTS ? squares_by_tensor(&j, count) : Py_NewRef(Py_None);
     PyMem_RawFree(j.chunks);
     PyMem_RawFree(j.tensors);
     PyBuffer_Release(&addresses);
     PyBuffer_Release(&sizes);
     PyBuffer_Release(&adapts);
+    if (ratios.obj) PyBuffer_Release(&ratios);
     return result;
+}
+
+static PyObject *step(PyObject *self, PyObject *arguments) {
+    (void)self;
+    return update(arguments, UPDATE);
+}
+
+static PyObject *moments(PyObject *self, PyObject *arguments) {
+    (void)self;
+    return update(arguments, MOMENTS);
+}
+
+static PyObject *parameters(PyObject *self, PyObject *arguments) {
+    (void)self;
+    return update(arguments, PARAMETERS);
 }
 
 static PyObject *sum_of_squares(PyObject *self, PyObject *arguments) {
@@ -292,7 +342,7 @@ static PyObject *sum_of_squares(PyObject *self, PyObject *arguments) {
     PyObject *result = NULL;
     (void)self;
     if (!PyArg_ParseTuple(arguments, "y*y*i", &addresses, &sizes, &num_threads)) return NULL;
-    job j = {.numbers = NULL};
+    job j = {.part = SQUARES};
     j.tensors = read_tensors(&addresses, &sizes, NULL, 1);
     if (j.tensors && cut_and_run(&j, sizes.len / 8, num_threads) == 0) {
         double sum = 0.0;
@@ -310,6 +360,10 @@ static PyMethodDef methods[] = {
     {"step", step, METH_VARARGS,
      "step(addresses, sizes, adapts, learning_rate, gradient_factor, beta1, beta2, epsilon, weight_decay, 1/(1-beta1^t), 1/(1-beta2^t), num_threads)\n\n"
      "One update. addresses: uint64 [tensors][4] of parameter, gradient, first and second moment, fp32 and contiguous."},
+    {"moments", moments, METH_VARARGS,
+     "moments(...) -> bytes\n\nThe first sweep of `step`, with its arguments: renews the moments. fp64 [tensors][2]: squares of parameters and of directions."},
+    {"parameters", parameters, METH_VARARGS,
+     "parameters(..., ratios)\n\nThe second sweep of `step`, with its arguments and the trust ratios, fp64 [tensors]: renews the parameters."},
     {"sum_of_squares", sum_of_squares, METH_VARARGS, "sum_of_squares(addresses, sizes, num_threads) -> float\n\nOver all elements. addresses: uint64 [tensors][1]."},
     {NULL, NULL, 0, NULL},
 };

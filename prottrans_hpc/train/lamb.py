@@ -18,7 +18,7 @@ tensors that ranks hold together.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -62,6 +62,10 @@ class Update:
     """1 / (1 - beta1^t), equation 3."""
     inverse_correction2: float
     """1 / (1 - beta2^t), equation 3."""
+
+
+Columns = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
+"""Parameters, gradients, first and second moments."""
 
 
 class Lamb:
@@ -119,10 +123,15 @@ def update_by_kernel(slots: list[Slot], update: Update) -> None:
     module = kernel.extension()
     assert module is not None
     columns = ([s.parameter for s in slots], [gradient(s) for s in slots], [s.exp_avg for s in slots], [s.exp_avg_sq for s in slots])
-    module.step(
+    module.step(*kernel_arguments(columns, [slot.adapts for slot in slots], update))
+
+
+def kernel_arguments(columns: Columns, adapts: Sequence[bool], update: Update) -> tuple[object, ...]:
+    """What the C kernel takes."""
+    return (
         kernel.addresses(*columns),
         kernel.sizes(*columns),
-        bytes(slot.adapts for slot in slots),
+        bytes(adapts),
         update.learning_rate,
         update.gradient_factor,
         update.beta1,

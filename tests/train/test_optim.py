@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from prottrans_hpc.errors import CheckpointError
 from prottrans_hpc.recipe_optimizers import Adafactor, Adam, AdamW, Lamb
-from prottrans_hpc.train import kernel, lamb, optim
+from prottrans_hpc.train import kernel, lamb, lamb_shards, optim
 
 SHAPES = {"dense.weight": (37, 53), "dense.bias": (53,), "norm.weight": (53,), "zero.weight": (4, 6), "table.weight": (300, 129), "one.weight": (1, 1)}
 LAMB = Lamb(learning_rate=1e-2, weight_decay=0.01)
@@ -106,6 +106,39 @@ def test_all_ways_agree_at_the_borders_of_chunks_and_blocks(other, sizes, seed):
         results.append([t for s in slots for t in (s.parameter.detach(), s.exp_avg, s.exp_avg_sq)])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=2e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("way", lamb_shards.HALVES)
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.5, 1.0])
+def test_two_pieces_of_tensors_take_the_steps_of_the_whole(way, share):
+    """As two ranks would, with the sums between them made here; a rank may have nothing of a tensor."""
+    if way == "kernel" and kernel.extension() is None:
+        pytest.skip("the C kernel is not built")
+    whole = make_parameters(5)
+    slots = [lamb.Slot(p, torch.zeros_like(p), torch.zeros_like(p), optim.decays(n, p)) for n, p in whole.items()]
+
+    def piece(tensor, index):
+        cut = int(share * tensor.numel())
+        return tensor.detach().reshape(-1)[:cut] if index == 0 else tensor.detach().reshape(-1)[cut:]
+
+    ranks = [[[piece(t, rank).clone() for t in (s.parameter, s.exp_avg, s.exp_avg_sq)] for s in slots] for rank in (0, 1)]
+    halves = lamb_shards.HALVES[way]
+    with torch.no_grad():
+        for step in range(1, 4):
+            set_gradients(whole, step)
+            update = lamb.Update(1e-2, 0.3, 0.9, 0.999, 1e-6, 0.01, 1 / (1 - 0.9**step), 1 / (1 - 0.999**step))
+            shards = [
+                [lamb_shards.Shard(x, piece(s.parameter.grad, rank).clone(), m, v, s.adapts, True) for s, (x, m, v) in zip(slots, held, strict=True)]
+                for rank, held in enumerate(ranks)
+            ]
+            squares = sum(halves.renew_moments(own, update) for own in shards)
+            for own in shards:
+                halves.renew_parameters(own, update, lamb_shards.trust_ratios(squares * torch.tensor([[s.adapts] for s in slots])))
+            lamb.update_by_loop(slots, update)
+    for index, slot in enumerate(slots):
+        for number, expected in enumerate((slot.parameter.detach(), slot.exp_avg, slot.exp_avg_sq)):
+            found = torch.cat([held[index][number] for held in ranks])
+            torch.testing.assert_close(found, expected.reshape(-1), rtol=1e-5, atol=1e-8)
 
 
 @pytest.mark.parametrize("way", ["kernel"], indirect=True)
@@ -315,6 +348,9 @@ def test_the_kernel_refuses_tables_that_do_not_match():
         module.step(addresses[:1], sizes, b"\1\1", *[0.5] * 8, 1)
     with pytest.raises(ValueError, match="no memory"):
         module.step(addresses, sizes, b"\1\1", *[0.5] * 8, 1)
+    for ratios in ((), (np.ones(1),)):
+        with pytest.raises(ValueError, match="one trust ratio for each tensor"):
+            module.parameters(np.ones((2, 4), dtype=np.uint64), sizes, b"\1\1", *[0.5] * 8, 1, *ratios)
     with pytest.raises(ValueError, match="negative size"):
         module.sum_of_squares(addresses[:, :1].copy(), -sizes, 1)
     assert module.sum_of_squares(np.zeros((0, 1), dtype=np.uint64), np.zeros(0, dtype=np.int64), 1) == 0.0
