@@ -24,7 +24,7 @@ import hardware
 import torch
 
 from prottrans_hpc.recipe_optimizers import Lamb
-from prottrans_hpc.train import kernel, lamb, optim
+from prottrans_hpc.train import kernel, lamb, lamb_shards, optim
 
 RESULTS = Path(__file__).parent / "results"
 SETTINGS = Lamb(learning_rate=1e-3)
@@ -70,6 +70,20 @@ def ours(update: str) -> Step:
     return step
 
 
+def ours_in_pieces(way: str) -> Step:
+    """What a rank does that holds pieces of tensors (here all of them), without the sum over ranks between the halves."""
+    parameters, halves = make_parameters(), lamb_shards.HALVES[way]
+    slots = [lamb.Slot(p, torch.zeros_like(p), torch.zeros_like(p), optim.decays(name, p)) for name, p in parameters.items()]
+    update = lamb.Update(1e-3, 1.0, SETTINGS.beta1, SETTINGS.beta2, SETTINGS.epsilon, SETTINGS.weight_decay, 10.0, 1000.0)
+    # Multi-tensor operations leave the directions where the gradients were.
+    shards = [lamb_shards.Shard(s.parameter.detach(), lamb.gradient(s).clone(), s.exp_avg, s.exp_avg_sq, s.adapts, True) for s in slots]
+
+    def step() -> None:
+        halves.renew_parameters(shards, update, lamb_shards.trust_ratios(halves.renew_moments(shards, update)))
+
+    return step
+
+
 def torch_optimizer_lamb() -> Step:
     """jettify/pytorch-optimizer."""
     import torch_optimizer
@@ -93,6 +107,8 @@ WAYS: dict[str, Callable[[], Step]] = {
     "prottrans_hpc, C kernel, with clipping": lambda: ours("kernel"),
     "prottrans_hpc, loop, with clipping": lambda: ours("loop"),
     "prottrans_hpc, foreach, with clipping": lambda: ours("foreach"),
+    "prottrans_hpc, pieces of tensors, C kernel": lambda: ours_in_pieces("kernel"),
+    "prottrans_hpc, pieces of tensors, foreach": lambda: ours_in_pieces("foreach"),
     "torch_optimizer.Lamb": torch_optimizer_lamb,
     "pytorch_optimizer.Lamb, foreach": lambda: pytorch_optimizer_lamb(True),
     "pytorch_optimizer.Lamb, loop": lambda: pytorch_optimizer_lamb(False),
