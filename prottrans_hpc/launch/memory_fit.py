@@ -147,8 +147,7 @@ def _advice(recipe: Recipe, usable: float, needed_with: Callable[[int], int], *,
         return f"Take smaller micro batches: --set loading.bin_residues={fitting} is the largest that fits (the step stays the same)"
     ways = ["--set memory.recompute_every=1 computes layers again for the gradient instead of keeping them"] if not recipe.memory.recompute_every else []
     ways += ["--set precision=bf16 (or fp16) halves the activations, if the hardware has it"] if not LEVELS[recipe.precision].is_half else []
-    # Half weights are refused beside a cut model.
-    may_cut = num_ranks > 1 and recipe.parallel.sharding == "none" and recipe.parallel.comm == "torch" and LEVELS[recipe.precision].weights == "fp32"
+    may_cut = num_ranks > 1 and recipe.parallel.sharding == "none" and recipe.parallel.comm == "torch"
     ways += [f"--set parallel.sharding=full cuts the model over the {num_ranks} ranks"] if may_cut else []
     other = "".join(f"{way}; " for way in ways) + ("else " if ways else "")
     return (
