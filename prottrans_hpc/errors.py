@@ -29,7 +29,7 @@ MEANING = {
     BAD_DATA: "the input data are damaged or not what they should be",
     NO_INPUT: "no usable checkpoint or input was found",
     BUG: "an error of the program itself: please report it",
-    NO_RESOURCES: "out of memory, processes, file handles or ports, or the scheduler refused",
+    NO_RESOURCES: "out of memory, processes, file handles or ports, the scheduler refused, or a gate on slow nodes is closed",
     CANNOT_WRITE: "the output cannot be written: disk full, quota or read-only",
     IO_ERROR: "the file system reported an input/output error",
     REQUEUE: "stopped before the end with the state saved: run or requeue the same command",

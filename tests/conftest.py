@@ -28,6 +28,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 for _name in [name for name in os.environ if name.startswith(("SLURM_", "OMPI_", "PMIX_", "PRTE_", "JSM_", "HOROVOD_", "PROTTRANS_"))]:
     del os.environ[_name]
 
+# A shell that starts the tests with & has them ignore SIGINT, and with them every process that a test interrupts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 # A busy machine is no failure; the whole suite has a time limit of its own.
 settings.register_profile("prottrans", deadline=None)
 settings.load_profile("prottrans")
