@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from prottrans_hpc.corpus.node_disk import JOURNAL
+from prottrans_hpc.corpus.node_disk import JOURNAL, read_journal
 from prottrans_hpc.machine import Machine, read_machine
 from prottrans_hpc.run_dir import RunDir, read_run
 from prottrans_hpc.train.checkpoint import find_checkpoint, read_checkpoint
@@ -203,7 +203,7 @@ def test_a_killed_copy_is_taken_up(tmp_path, slow_corpus, make_run, start_ranks)
     gang = start_ranks(folder, 2, num_nodes=2)
     with shard.open("r+b", buffering=0):
         deadline = time.monotonic() + 120
-        while sum("validation-00000.h5" in journal.read_text() for journal in disks.rglob(JOURNAL)) < 2:  # what a start believes of an earlier one
+        while [len(read_journal(journal.parent)) for journal in disks.rglob(JOURNAL)] != [2, 2]:  # what a start believes of an earlier one
             assert time.monotonic() < deadline, gang.story()
             time.sleep(0.01)
         gang.kill()
