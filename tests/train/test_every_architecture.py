@@ -40,7 +40,7 @@ def entropy_of(corpus: Path) -> float:
 
 def test_it_learns_more_than_the_residue_frequencies_in_30_steps(twin, tmp_path, prottrans, small_corpus):
     run = tmp_path / "run"
-    prottrans("pretrain", twin, "--corpus", str(small_corpus), "--run-dir", str(run), "--steps", "30", "--set", "validation.every_steps=0", "-q")
+    prottrans("pretrain", twin, "--corpus", str(small_corpus), "--run-dir", str(run), "--steps", "30", "--set", "validation.every_steps=0", "-q", timeout=500)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     # Where the loss has several parts, the first is that of predicted residues.
     parts = architecture.get(read_recipe(twin).architecture.name).loss_parts
