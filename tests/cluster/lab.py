@@ -14,6 +14,7 @@ import json
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -224,8 +225,11 @@ class Lab:
         elif order == "on":
             self.start(name)
             self.wait_idle([name])
-        elif order in ("cut", "join"):
-            shell(f"ip link set to-{name} {'down' if order == 'cut' else 'up'}")
+        elif order == "cut":
+            shell(f"ip link set to-{name} down")
+        elif order == "join":
+            shell(f"ip link set to-{name} up")
+            wait(lambda: answers(name), f"{name} is not reached over its link")  # the bridge forwards to it a moment later only
         elif order == "shape":
             self.shape(name, float(values[0]))
         elif order == "unshape":
@@ -248,6 +252,17 @@ def shell(*lines: str) -> None:
         done = subprocess.run(["bash", "-c", line], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
         if done.returncode:
             raise RuntimeError(f"{line}: {done.stderr.strip()}")
+
+
+def answers(name: str) -> bool:
+    """Whether a node says anything to who knocks where its slurmd listens, be it a refusal."""
+    try:
+        socket.create_connection((name, 6818), timeout=1).close()
+    except ConnectionRefusedError:
+        return True
+    except OSError:
+        return False
+    return True
 
 
 def wait(condition: Any, what: str, timeout_s: float = 150) -> None:

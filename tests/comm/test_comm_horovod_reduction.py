@@ -104,7 +104,8 @@ def test_ranks_whose_buckets_are_full_in_another_order_do_not_wait_for_one_anoth
 def test_a_rank_that_hangs_is_an_error_of_the_other_after_the_time_out(reduction_starts, tmp_path: Path) -> None:
     ended = reduction_starts.run_mpirun(tmp_path, "stopped", {"fp16": {"compression": "fp16", "timeout_s": 10}}, 2, 2)
     assert ended.codes == [RankLostError.exit_code], ended.stderr
-    assert [report["error"] for report in ended.reports] == ["RankLostError"]
+    # mpirun wakes the stopped rank to end it, which may find time to give up, too.
+    assert {report["error"] for report in ended.reports} == {"RankLostError"}
 
 
 def test_a_rank_that_dies_ends_the_job(reduction_starts, tmp_path: Path) -> None:
