@@ -1,7 +1,8 @@
 """What holds up a training at scale: `python benchmarks/scaling.py [--study DIR] [--flips N] [--gigabytes G] [--data FASTA]`.
 
-1. Exposed communication, from the ledger of a study of `prottrans scale` (--study): the share of a step that reductions add, without the
-   wait for slower nodes, which here share cores. Target: at most 3 % at every size, which is a weak-scaling efficiency of 97 %.
+1. Exposed communication, from the ledger of a study of `prottrans scale` (--study, as scale_slurm.py makes them): the share of a step that
+   reductions add, which is what the rank waits that comes last, for it waits for no slower one; nodes share cores here.
+   Target: at most 3 % at every size, which is a weak-scaling efficiency of 97 %.
 2. Checkpoints: how long a save blocks training, for about one gigabyte, by the clock and by the CPU time of the one thread
    that copies, which other programs cannot lengthen; and which share of a real training's time its saves took, at the
    interval that its recipe has. Targets: 0.2 s a gigabyte, 1 % of the time.
@@ -42,14 +43,23 @@ TRAINED, BATCH, STEPS = "tiny_prot_bert", 8, 101
 
 
 def exposed(study_dir: Path) -> dict[str, Any]:
-    """Of each size: the median step, what reductions add to it, and what waiting for the slowest node adds."""
+    """Of each size: the median step, which share of it reductions add, and which share a mean rank waits, for slower ones, too."""
     study = scaling.read_scaling(study_dir)
     sizes = measured_steps.sizes_of(study, measured_steps.all_steps(study))
     rows = {
-        str(size.nodes): {"step_s": size.step_s, "exposed_share": size.exposed_comm_s / size.step_s, "skew_share": size.skew_s / size.step_s} for size in sizes
+        str(size.nodes): {
+            "step_s": size.step_s,
+            "exposed_share": size.exposed_comm_s / size.step_s,
+            "waiting_share": _waiting_s(study, size.nodes) / size.step_s,
+        }
+        for size in sizes
     }
     about = {"recipe": study.recipe, "machine": study.machine, "comm": study.comm, "residues_per_node_step": study.residues_per_node_step}
     return {"study": about, "sizes": rows}
+
+
+def _waiting_s(study: scaling.Scaling, nodes: int) -> float:
+    return statistics.median(seconds for point in study.at(nodes) for seconds in point.ledger.exposed_comm_s)
 
 
 def tensors_of(num_bytes: float) -> dict[str, torch.Tensor]:
@@ -125,12 +135,11 @@ def _exposed_lines(part: dict[str, Any]) -> list[str]:
         "The nodes of the testbed are namespaces with a Slurm of their own that share the cores of one computer: steps grow, and the ledger tells why.",
         "",
     ]
-    lines += ["| nodes | step s | exposed communication | target | wait for the slowest node |", "|---|---|---|---|---|"]
+    lines += ["| nodes | step s | exposed communication | target | with the wait for slower nodes |", "|---|---|---|---|---|"]
     for nodes, row in part["sizes"].items():
+        exposed_percent, waiting_percent = 100 * row["exposed_share"], 100 * row["waiting_share"]
         met = "met" if row["exposed_share"] <= MOST_EXPOSED else "missed"
-        lines.append(
-            f"| {nodes} | {row['step_s']:.3f} | {100 * row['exposed_share']:.2f} % | <= {100 * MOST_EXPOSED:.0f} %: {met} | {100 * row['skew_share']:.2f} % |"
-        )
+        lines.append(f"| {nodes} | {row['step_s']:.3f} | {exposed_percent:.2f} % | <= {100 * MOST_EXPOSED:.0f} %: {met} | {waiting_percent:.2f} % |")
     return lines
 
 

@@ -1,8 +1,9 @@
 """What a scaling study says of each size, as a cost model needs it: its own work, the wait for the slowest node, and what reductions add.
 
 Checkpoints are left out of steps: how often they come is the recipe's choice. What a rank waits for gradients contains the wait
-for slower nodes; the skew of the step is taken off, and what is left is the reduction's. A cut model talks within its passes, and
-the ledger does not tell that apart: what they take longer than on one node is communication then, and what a node waits there for others is part of it.
+for slower nodes. The rank that comes last waits for none: its wait is the reduction's. Older studies lack it; there the skew of the
+step is taken off. A cut model talks within its passes, and the ledger does not tell that apart: what they take longer than on one
+node is communication then, and what a node waits there for others is part of it.
 """
 
 from __future__ import annotations
@@ -73,5 +74,6 @@ def _size(study: Scaling, nodes: int, chosen: Sequence[tuple[Point, np.ndarray]]
         float(np.median(column("data_wait_s") + column("optimizer_s") + column("other_s"))),
         float(study.gradient_bytes),
     )
-    exposed = np.maximum(0.0, column("exposed_comm_s") - skew)
+    is_told = all(point.reduction_s is not None for point, _ in chosen)
+    exposed = column("reduction_s") if is_told else np.maximum(0.0, column("exposed_comm_s") - skew)
     return Size(nodes, float(np.median(column("step_s") - column("checkpoint_s"))), work, float(np.median(exposed)), float(np.mean(skew)))

@@ -67,9 +67,13 @@ class Point:
     """The slowest node's compute time less the median node's."""
     per_node: tuple[NodeShare, ...]
     run_dir: str
+    reduction_s: tuple[NonNegative, ...] | None = None
+    """The least exposed communication of any rank: that of the rank that came last, which waits for nobody, so for the reduction
+    alone. None in older studies."""
 
     def __post_init__(self) -> None:
-        lists = [self.step_s, self.residues, self.tokens, self.skew_s, *vars(self.ledger).values(), *([self.flops] if self.flops else [])]
+        lists = [self.step_s, self.residues, self.tokens, self.skew_s, *vars(self.ledger).values()]
+        lists += [values for values in (self.flops, self.reduction_s) if values is not None]
         if any(len(values) != self.steps for values in lists):
             raise ValueError(f"every list of a point of {self.steps} steps must have so many numbers")
 

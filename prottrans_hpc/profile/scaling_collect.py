@@ -111,6 +111,7 @@ def _point(study: Study, point: StudyPoint, directory: RunDir, run: Run, *, orde
         skew_s=_skew(list(nodes.values()), study.steps),
         per_node=tuple(_share(node, lines) for node, lines in nodes.items()),
         run_dir=str(directory.path.relative_to(folder.path)),
+        reduction_s=_reduction(list(nodes.values())),
     )
 
 
@@ -128,6 +129,14 @@ def _skew(nodes: Sequence[Sequence[Record]], steps: int) -> tuple[float, ...]:
     if not nodes:
         return (0.0,) * steps
     return tuple(max(times) - statistics.median(times) for times in ([line["compute_s"] for line in lines] for lines in zip(*nodes, strict=True)))
+
+
+def _reduction(nodes: Sequence[Sequence[Record]]) -> tuple[float, ...] | None:
+    """None where a node's file lacks it, or there is none."""
+    steps = [[line.get("least_exposed_comm_s") for line in lines] for lines in zip(*nodes, strict=True)]
+    if not steps or any(wait is None for waits in steps for wait in waits):
+        return None
+    return tuple(min(waits) for waits in steps)
 
 
 def _share(node: int, lines: Sequence[Record]) -> NodeShare:

@@ -53,6 +53,9 @@ class Row:
     checkpoint_s: float
     other_s: float
     skew_s: float
+    """The slowest node's compute time less the median node's."""
+    reduction_s: float | None
+    """Exposed communication of the rank that came last: the reduction's own, without a wait for slower ranks. None in older studies."""
 
 
 COLUMNS = tuple(field.name for field in fields(Row))
@@ -103,6 +106,7 @@ def _row(scaling: Scaling, nodes: int, draws: Samples, base_draws: Samples) -> R
         residues_per_s=sum(sum(point.residues) for point in points) / total_s,
         mfu=_mfu(points, scaling.peak_tflops_rank, total_s),
         skew_s=statistics.mean(seconds for point in points for seconds in point.skew_s),
+        reduction_s=_mean_reduction(points),
         **{name: _mean_of(name, [point.ledger for point in points]) for name in PARTS},
     )
 
@@ -110,6 +114,11 @@ def _row(scaling: Scaling, nodes: int, draws: Samples, base_draws: Samples) -> R
 def _mean_of(name: str, ledgers: Sequence[Ledger]) -> float:
     parts: list[tuple[float, ...]] = [getattr(ledger, name) for ledger in ledgers]
     return statistics.mean(seconds for part in parts for seconds in part)
+
+
+def _mean_reduction(points: Sequence[Point]) -> float | None:
+    waits = [point.reduction_s for point in points]
+    return None if None in waits else statistics.mean(seconds for wait in waits if wait is not None for seconds in wait)
 
 
 def _mean_s(points: Sequence[Point]) -> float:

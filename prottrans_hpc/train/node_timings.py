@@ -100,6 +100,7 @@ class NodeTimings:
         work = [timing.compute_s(ledger) for ledger in ledgers]
         means = [sum(values) / len(ledgers) for values in zip(*ledgers, strict=True)]
         line = {"step": step, "host": self._host, "ranks": len(ledgers), "compute_s": round(sum(work) / len(work), 6), "slowest_compute_s": round(max(work), 6)}
+        line["least_exposed_comm_s"] = round(min(timing.exposed_comm_s(ledger) for ledger in ledgers), 6)
         try:
             self._file.append(line | timing.by_name(means))
         except OSError as error:

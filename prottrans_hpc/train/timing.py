@@ -192,6 +192,11 @@ def by_name(seconds: Sequence[float]) -> dict[str, float]:
     return {f"{name}_s": round(value, 6) for name, value in zip(PARTS, seconds, strict=True)}
 
 
+def exposed_comm_s(seconds: Sequence[float]) -> float:
+    """What of a ledger is waiting for other ranks."""
+    return seconds[PARTS.index("exposed_comm")]
+
+
 def compute_s(seconds: Sequence[float]) -> float:
     """What of a ledger is work, and no waiting."""
     return sum(value for name, value in zip(PARTS, seconds, strict=True) if name in COMPUTE)

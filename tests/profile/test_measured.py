@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from prottrans_hpc.errors import CheckpointError, ConfigError, DataError
-from prottrans_hpc.profile import measured
+from prottrans_hpc.profile import measured, measured_steps
 from prottrans_hpc.profile.collectives import Fabric, Wire, ring
 from prottrans_hpc.profile.cost_model import MIB, Manner, Work, reduction
 from prottrans_hpc.profile.known_links import AllReduce, read_all_reduce
@@ -90,11 +90,12 @@ def _point(world: World, nodes: int, repetition: int, steps: int, generator: np.
     in_passes, behind = (world.exposed_s(nodes), 0.0) if world.says.is_cut else (0.0, world.exposed_s(nodes))
     nodes_times = generator.gumbel(0.0, world.jitter_s, (steps, nodes))
     slowest = nodes_times.max(axis=1)
+    alone = noisy(behind)
     parts = {
         "data_wait_s": noisy(0.001),
         "forward_s": noisy(world.passes(nodes) * world.work.forward_s + in_passes / 3),
         "backward_s": noisy(world.passes(nodes) * world.work.backward_s + in_passes * 2 / 3),
-        "exposed_comm_s": noisy(behind) + slowest - nodes_times.mean(axis=1),
+        "exposed_comm_s": alone + slowest - nodes_times.mean(axis=1),
         "optimizer_s": noisy(world.work.other_s - 0.001),
         "checkpoint_s": np.where(np.arange(steps) % 10 == 0, 0.05, 0.0),
         "other_s": np.zeros(steps),
@@ -113,10 +114,29 @@ def _point(world: World, nodes: int, repetition: int, steps: int, generator: np.
         skew_s=tuple((slowest - np.median(nodes_times, axis=1)).tolist()),
         per_node=tuple(NodeShare(node=number, host=f"n{number}", compute_s=0.6) for number in range(nodes)),
         run_dir="simulated",
+        reduction_s=tuple(alone.tolist()),
     )
 
 
 WORLD = World()
+
+
+def older(scaling: Scaling) -> Scaling:
+    """As it was written before nodes told what their last rank waits."""
+    return replace(scaling, points=tuple(replace(point, reduction_s=None) for point in scaling.points))
+
+
+@pytest.mark.parametrize("told", [study, lambda world: older(study(world))], ids=["now", "older"])
+def test_the_wait_for_the_slowest_is_no_communication(told):
+    even, uneven = (measured_steps.sizes_of(scaling, measured_steps.all_steps(scaling)) for scaling in (told(replace(WORLD, jitter_s=0.0)), told(WORLD)))
+    for one, other in zip(even[1:], uneven[1:], strict=True):
+        assert other.exposed_comm_s == pytest.approx(one.exposed_comm_s, rel=0.2)
+
+
+def test_a_wait_for_one_node_that_is_very_slow_does_not_hide_the_reduction():
+    uneven = study(replace(WORLD, jitter_s=20 * WORLD.jitter_s))
+    sizes = measured_steps.sizes_of(uneven, measured_steps.all_steps(uneven))
+    assert [size.exposed_comm_s for size in sizes[1:]] == pytest.approx([WORLD.exposed_s(nodes) for nodes in (2, 4, 8)], rel=0.05)
 
 
 def test_links_and_stragglers_are_found_again():

@@ -40,6 +40,7 @@ def test_every_node_tells_where_the_time_of_every_step_went(start_ranks, make_ru
         for line in lines:
             assert line["compute_s"] == pytest.approx(sum(line[f"{name}_s"] for name in COMPUTE), abs=5e-6)
             assert line["slowest_compute_s"] >= line["compute_s"] > 0.0
+            assert 0.0 <= line["least_exposed_comm_s"] <= line["exposed_comm_s"]
     # The laps between two status all-reduces are, but for their ends, the steps; step 16's ends before its save.
     assert sum(sum(record["ledger"].values()) for record in metrics[7:15]) == pytest.approx(sum(record["step_s"] for record in metrics[7:15]), rel=0.25)
     assert sum(record["ledger"]["checkpoint_s"] > 0.0 for record in metrics) >= 2
