@@ -128,13 +128,14 @@ def _run(arguments: list[str]) -> int:
 
 def _report(error: BaseException) -> int:
     """Print an error for the user and give its exit code; an unforeseen one comes with its traceback."""
-    unforeseen = not isinstance(error, (errors.ProttransError, OSError, MemoryError, KeyboardInterrupt))
+    code = errors.exit_code(error)
+    unforeseen = code == errors.BUG and not isinstance(error, errors.ProttransError)
     if unforeseen or terminal.verbosity() >= terminal.VERBOSE:
         print("\n".join(_escaped(line) for line in traceback.format_exc().splitlines()), file=sys.stderr, flush=True)
     _print_error(errors.explain(error))
     if unforeseen:
         print("This is a bug of prottrans-hpc. Please report it with the lines above and the command that you ran.", file=sys.stderr, flush=True)
-    return errors.exit_code(error)
+    return code
 
 
 def _print_error(message: str) -> None:
