@@ -31,6 +31,7 @@ BASE_MODULES = {"__init__", "errors", "durable", "stage", "config", "machine", "
     "architecture",
     "architectures",
     "terminal",
+    "json_lines",
 }
 COMM_MODULES = {
     "comm",

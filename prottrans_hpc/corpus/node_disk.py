@@ -7,10 +7,8 @@ ID.lock is shared by all who read the copy, ID.copying is held by the one who wr
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import fcntl
-import json
 import os
 import shutil
 import stat
@@ -19,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .. import terminal
+from .. import json_lines, terminal
 from ..errors import ConfigError, ResourceError
 from .index import Index, ShardEntry
 
@@ -116,19 +114,9 @@ def record_of(path: Path, shard: ShardEntry) -> dict[str, Any] | None:
 
 def read_journal(folder: Path) -> dict[str, Any]:
     """The newest record of each file. What a kill cut short is not there: its shard is copied again."""
-    records = {}
-    with contextlib.suppress(FileNotFoundError):
-        for line in (folder / JOURNAL).read_bytes().splitlines():
-            with contextlib.suppress(ValueError, TypeError, KeyError):
-                record = json.loads(line)
-                records[record["file"]] = record
-    return records
+    return {record["file"]: record for record in json_lines.read(folder / JOURNAL) if isinstance(record.get("file"), str)}
 
 
 def append_to_journal(folder: Path, record: Mapping[str, Any]) -> None:
-    """Add a record with one write, which several threads can do. It begins with a line end: a torn line before it must not spoil it."""
-    descriptor = os.open(folder / JOURNAL, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        os.write(descriptor, b"\n" + json.dumps(record).encode() + b"\n")
-    finally:
-        os.close(descriptor)
+    """Add a record with one write, which several threads can do."""
+    json_lines.append(folder / JOURNAL, record)

@@ -8,15 +8,14 @@ below that line has learned no more than how common each residue is.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from .. import durable, errors
+from .. import durable, errors, json_lines
 from ..errors import CheckpointError, ProttransError, missing_package
 from ..run_dir import RunDir, read_run
 
@@ -47,7 +46,7 @@ def read_curve(run_dir: RunDir) -> Curve:
     training = _losses(run_dir.metrics)
     if not training:
         raise CheckpointError(f"{run_dir.path} has no finished step yet: {run_dir.metrics.name} is empty")
-    starts = (event for event in read_lines(run_dir.history) if event.get("event") == "start")
+    starts = (event for event in json_lines.read(run_dir.history) if event.get("event") == "start")
     return Curve(
         title=f"{run.recipe_name}, {run.allocation.num_ranks} ranks",
         training=training,
@@ -57,17 +56,8 @@ def read_curve(run_dir: RunDir) -> Curve:
     )
 
 
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The whole lines of a JSON lines file; a run that is being written may end in half a line."""
-    if not path.is_file():
-        return
-    for line in path.read_bytes().splitlines(keepends=True):
-        if line.endswith(b"\n"):
-            yield json.loads(line)
-
-
 def _losses(path: Path) -> Points:
-    return tuple((int(entry["step"]), float(entry["loss"])) for entry in read_lines(path) if entry.get("loss") is not None)
+    return tuple((int(entry["step"]), float(entry["loss"])) for entry in json_lines.read(path) if entry.get("loss") is not None)
 
 
 def _unigram_entropy(corpus: Path) -> float | None:

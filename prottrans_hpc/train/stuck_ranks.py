@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import errors
+from .. import errors, json_lines
 from ..run_dir import RunDir
 from . import environment
 
@@ -134,7 +132,7 @@ def read_sightings(run_dir: RunDir, nodes: Sequence[int], *, start_id: str) -> d
     """The last word of every rank of this start that got nowhere and has not gone on since; what a rank says itself counts more."""
     found: dict[int, Sighting] = {}
     for node in nodes:
-        for line in _lines(sightings_file(run_dir, node)):
+        for line in json_lines.read(sightings_file(run_dir, node)):
             if line.pop("start", None) != start_id:
                 continue
             went_on, rank = line.pop("went_on"), int(line["rank"])
@@ -143,9 +141,3 @@ def read_sightings(run_dir: RunDir, nodes: Sequence[int], *, start_id: str) -> d
             elif int(line["position"]) >= 0 or rank not in found:
                 found[rank] = Sighting(**line)
     return found
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    with contextlib.suppress(FileNotFoundError):
-        return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1] if line.endswith(b"}")]
-    return []
