@@ -32,6 +32,7 @@ BASE_MODULES = {"__init__", "errors", "durable", "stage", "config", "machine", "
     "architectures",
     "terminal",
     "json_lines",
+    "file_lock",
 }
 COMM_MODULES = {
     "comm",

@@ -8,7 +8,6 @@ ID.lock is shared by all who read the copy, ID.copying is held by the one who wr
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import shutil
 import stat
@@ -17,12 +16,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .. import json_lines, terminal
+from .. import file_lock, json_lines, terminal
 from ..errors import ConfigError, ResourceError
+from ..file_lock import Lock
 from .index import Index, ShardEntry
 
 JOURNAL = "staged.jsonl"
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 def staged_folder(index: Index, disk: str, environment: Mapping[str, str]) -> Path:
@@ -59,23 +58,11 @@ def lock_file(folder: Path, kind: str) -> int:
     return os.open(folder.with_name(f"{folder.name}.{kind}"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
 
 
-def try_lock(descriptor: int, operation: int) -> bool:
-    """Take a lock if it is free; the kernel drops the locks of the dead. A file system without locks has them all free."""
-    try:
-        fcntl.flock(descriptor, operation | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        if error.errno not in _NO_LOCKS:
-            raise
-    return True
-
-
 def remove_unused(folder: Path) -> bool:
-    """Delete a staged corpus that no process reads or writes; whether it is gone."""
+    """Delete a staged corpus that no process reads or writes; whether it is gone. A file system without locks has them all free."""
     descriptor = lock_file(folder, "lock")
     try:
-        if not try_lock(descriptor, fcntl.LOCK_EX):
+        if file_lock.take(descriptor) is Lock.BUSY:
             return False
         shutil.rmtree(folder, ignore_errors=True)
         return not folder.exists()
