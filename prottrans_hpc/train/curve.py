@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .. import durable, errors, json_lines
+from .. import durable, errors, json_lines, terminal
 from ..errors import CheckpointError, ProttransError, missing_package
 from ..run_dir import RunDir, read_run
 
@@ -130,7 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         out = options.out or options.run_dir / "loss.png"
         curve = write_curve(RunDir(options.run_dir), out)
     except (ProttransError, OSError) as error:
-        print(f"error: {errors.explain(error)}", file=sys.stderr)
+        print(f"error: {terminal.printable_lines(errors.explain(error))}", file=sys.stderr)
         return errors.exit_code(error)
     print("\n".join([*summary(curve), f"loss curve       {out}"]))
     return errors.DONE
