@@ -30,7 +30,7 @@ MEANING = {
     NO_INPUT: "no usable checkpoint or input was found",
     BUG: "an error of the program itself: please report it",
     NO_RESOURCES: "out of memory, processes, file handles or ports, the scheduler refused, or a gate on slow nodes is closed",
-    CANNOT_WRITE: "the output cannot be written: disk full, quota or read-only",
+    CANNOT_WRITE: "the output cannot be written: disk full, quota, read-only, or no folder to be there",
     IO_ERROR: "a file system, or the network on the way to it, reported an error",
     REQUEUE: "stopped before the end with the state saved: run or requeue the same command",
     NUMERICS: "the training diverged: non-finite loss or gradients",
@@ -62,6 +62,12 @@ class CheckpointError(ProttransError):
     """No checkpoint, corpus or other input that this command could use."""
 
     exit_code = NO_INPUT
+
+
+class OutputError(ProttransError, OSError):
+    """An output cannot be at the place that was asked for: something else is in the way."""
+
+    exit_code = CANNOT_WRITE
 
 
 class ResourceError(ProttransError):

@@ -30,7 +30,7 @@ def open_workplace(out: Path) -> Iterator[Path]:
     created = not out.exists()
     _refuse_foreign(out)
     work = out / WORK
-    work.mkdir(parents=True, exist_ok=True)
+    durable.make_folder(work, output=out)
     with _locked(work / "lock", out):
         _clear(out)
         try:

@@ -175,7 +175,7 @@ def list_parts(path: Path) -> dict[int, list[Part]]:
 def _locked(path: Path) -> Iterator[None]:
     """Hold the folder's lock; the folder may vanish between being made and being locked, then it is made again."""
     while True:
-        path.mkdir(parents=True, exist_ok=True)
+        durable.make_folder(path, output=path.with_name(path.name.removesuffix(".parts")))
         try:
             descriptor = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
         except FileNotFoundError:
