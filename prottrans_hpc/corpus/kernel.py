@@ -33,7 +33,7 @@ except ImportError:
 
 def implementation() -> str:
     """Which loops are in use: "C (avx512)", "C (portable)" or "Python"."""
-    return "Python" if _c is None else f"C ({_c.select_path(True)})"
+    return "Python" if _c is None else f"C ({_c.path_in_use()})"
 
 
 @dataclass(frozen=True)
