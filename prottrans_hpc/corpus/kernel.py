@@ -20,7 +20,6 @@ I64 = npt.NDArray[np.int64]
 
 PERSON = b"prottrans_hpc v1"
 """Personalisation of every BLAKE2b digest, so that no other use of the hash gives the same value."""
-DIGEST_BYTES = 16
 _SLACK = 64  # what the vector stores of the extension may write behind the last residue
 _MAX_RECORDS = 1 << 16
 
