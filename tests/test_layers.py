@@ -33,6 +33,7 @@ BASE_MODULES = {"__init__", "errors", "durable", "stage", "config", "machine", "
     "terminal",
     "json_lines",
     "file_lock",
+    "timestamp",
 }
 COMM_MODULES = {
     "comm",

@@ -6,18 +6,12 @@ Events: submitted, begun, ended, taken_over, refused, requeued, cancelled_rest, 
 
 from __future__ import annotations
 
-import datetime
 from typing import Any, Protocol
 
-from .. import json_lines
+from .. import json_lines, timestamp
 from ..run_dir import RunDir
 
 Event = dict[str, Any]
-
-
-def now() -> str:
-    """The time in UTC, ISO 8601, to the millisecond."""
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 class Who(Protocol):
@@ -39,7 +33,7 @@ def note(run_dir: RunDir, who: Who, event: str, **details: Any) -> None:
 
 def record(run_dir: RunDir, event: str, *, job_id: str, restart: int, **details: Any) -> None:
     """Append one line, durably and with one write, for several jobs may append to one file."""
-    json_lines.append_durably(run_dir.jobs_log, {"time": now(), "event": event, "job_id": job_id, "restart": restart, **details})
+    json_lines.append_durably(run_dir.jobs_log, {"time": timestamp.now(), "event": event, "job_id": job_id, "restart": restart, **details})
 
 
 def read_events(run_dir: RunDir) -> list[Event]:

@@ -13,11 +13,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from .. import durable, file_lock
+from .. import durable, file_lock, timestamp
 from ..errors import DataError, SubmitError
 from ..file_lock import Lock
 from ..run_dir import RunDir
-from . import job_events, submission
+from . import submission
 from .job_state import State
 from .own_job import Start
 
@@ -105,7 +105,7 @@ def is_of(lease: Lease, start: Start) -> bool:
 
 
 def _content(start: Start) -> dict[str, Any]:
-    return {**vars(start), "nodes": list(start.nodes), "time": job_events.now()}
+    return {**vars(start), "nodes": list(start.nodes), "time": timestamp.now()}
 
 
 def _fate(run_dir: RunDir, lease: Lease, start: Start) -> State | None:

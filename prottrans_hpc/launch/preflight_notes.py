@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from .. import durable, errors, json_lines
+from .. import durable, errors, json_lines, timestamp
 from ..errors import DataError
 from ..machine import Allocation
 from ..run_dir import Preflight, RunDir, read_run
-from . import job_events
 from .progress import read_progress
 from .run_files import read_records
 
@@ -48,7 +47,7 @@ class Finding:
 def write(run_dir: RunDir, finding: Finding, measured: Mapping[str, Any], *, elapsed_s: float) -> None:
     """Keep the figures with the verdict, and add to the history: the preflight, nodes that are slow or no longer so, and the end of the job."""
     step = read_progress(run_dir).step
-    told = {"verdict": str(finding.verdict), "reason": finding.reason, "exit_code": finding.code, "time": job_events.now(), "elapsed_s": round(elapsed_s, 1)}
+    told = {"verdict": str(finding.verdict), "reason": finding.reason, "exit_code": finding.code, "time": timestamp.now(), "elapsed_s": round(elapsed_s, 1)}
     durable.write_json(run_dir.preflight_json, {**told, **measured})
     events: list[dict[str, Any]] = [{"event": "preflight", "step": step, **told, "figures": figures(measured)}]
     slow = measured.get("slow_nodes") or []
@@ -61,7 +60,7 @@ def write(run_dir: RunDir, finding: Finding, measured: Mapping[str, Any], *, ela
     if finding.code != errors.DONE:
         events.append({"event": "stop", "step": step, "cause": cause(finding), "exit_code": finding.code})
     # No rank of the training is there, so that nobody else writes into the history now.
-    json_lines.append_durably(run_dir.history, *({"time": job_events.now(), **event} for event in events))
+    json_lines.append_durably(run_dir.history, *({"time": timestamp.now(), **event} for event in events))
 
 
 def _found_before(run_dir: RunDir) -> set[str]:

@@ -8,7 +8,6 @@ below that line has learned no more than how common each residue is.
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .. import durable, errors, json_lines, terminal
+from ..corpus.index import INDEX
+from ..corpus.statistics import unigram_entropy
 from ..errors import CheckpointError, ProttransError, missing_package
 from ..run_dir import RunDir, read_run
 
@@ -62,11 +63,9 @@ def _losses(path: Path) -> Points:
 
 def _unigram_entropy(corpus: Path) -> float | None:
     try:
-        counts = [int(count) for count in durable.read_json(corpus / "index.json")["residue_counts"].values() if count]
-    except (OSError, ProttransError, KeyError, AttributeError):
+        return unigram_entropy(durable.read_json(corpus / INDEX)["residue_counts"])
+    except (OSError, ProttransError, KeyError, TypeError, AttributeError):
         return None
-    total = sum(counts)
-    return -sum(count / total * math.log(count / total) for count in counts) if total else None
 
 
 def running_mean(points: Points, width: int = SMOOTHING_STEPS) -> Points:

@@ -15,10 +15,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .. import durable, json_lines
+from .. import durable, json_lines, timestamp
 from ..json_lines import Record
 from ..run_dir import RunDir
-from . import environment
 
 _log = logging.getLogger(__name__)
 
@@ -56,7 +55,7 @@ class JsonLines:
         lines = self._path.read_bytes().splitlines(keepends=True)
         lost = [json.loads(line) for line in lines if step < _step_of(line) < math.inf]
         seconds = sum(float(record.get("step_s") or 0.0) for record in lost)
-        last_step_at = environment.utc(os.fstat(self._descriptor).st_mtime) if lines else None
+        last_step_at = timestamp.utc(os.fstat(self._descriptor).st_mtime) if lines else None
         return {"steps_lost": len(lost), "lost_s": round(seconds, 3), "last_step_at": last_step_at}
 
     def last_step(self) -> int:
@@ -140,7 +139,7 @@ class Records:
 
     def event(self, name: str, **details: Any) -> None:
         """A line of history.jsonl."""
-        self._history.append({"time": environment.now(), "event": name, **details})
+        self._history.append({"time": timestamp.now(), "event": name, **details})
 
     def close(self) -> None:
         """Close all files."""

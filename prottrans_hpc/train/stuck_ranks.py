@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import errors, json_lines
+from .. import errors, json_lines, timestamp
 from ..run_dir import RunDir
-from . import environment
 
 _MAX_NAMED = 8
 
@@ -111,7 +110,7 @@ def record(sighting: Sighting, *, start_id: str, went_on: bool = False) -> dict[
 def event(hang: Hang) -> dict[str, Any]:
     """For the history."""
     return {
-        "time": environment.now(),
+        "time": timestamp.now(),
         "event": "hang",
         "step": hang.step,
         "collective": hang.collective,
@@ -125,7 +124,7 @@ def event(hang: Hang) -> dict[str, Any]:
 
 def stop(cause: str, *, step: int) -> dict[str, Any]:
     """For the history: the end of a rank that was alone, after so many steps."""
-    return {"time": environment.now(), "event": "stop", "step": step, "cause": cause, "exit_code": errors.REQUEUE, "world_size": 1}
+    return {"time": timestamp.now(), "event": "stop", "step": step, "cause": cause, "exit_code": errors.REQUEUE, "world_size": 1}
 
 
 def read_sightings(run_dir: RunDir, nodes: Sequence[int], *, start_id: str) -> dict[int, Sighting]:
