@@ -48,11 +48,11 @@ def main(arguments: list[str]) -> int:
 
 
 def _tell(error: BaseException, code: int) -> None:
-    message = terminal.printable(errors.explain(error), limit=2000)
+    message = errors.explain(error)  # the log escapes what it shows
     if _log.hasHandlers():
         _log.error("%s (exit code %d: %s)", message, code, errors.MEANING[code], exc_info=error if code == errors.BUG else None)
     else:
-        print(f"error: {message}", file=sys.stderr, flush=True)
+        print(f"error: {terminal.printable_lines(message)}", file=sys.stderr, flush=True)
         if code == errors.BUG:
             traceback.print_exception(error)
 

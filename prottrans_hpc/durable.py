@@ -21,10 +21,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import DataError
+from .errors import DataError, OutputError
 
 MANIFEST = "manifest.json"
 _TEMPORARY = ".tmp-"
+_NO_PLACE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG)
+"""Nothing can be written under such a name. Of an input the same numbers say that it is not there."""
 
 
 @dataclass(frozen=True)
@@ -64,21 +66,47 @@ def rename_into_place(temporary: Path, final: Path) -> None:
     fsync_path(final.parent)
 
 
+def make_folder(folder: Path, *, output: Path) -> None:
+    """Make a folder, and those above it, for an `output` that a user asked for. Raises OutputError that names it when something is in the way."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _about(output, error) from error
+
+
+def _about(output: Path, error: OSError) -> OSError:
+    """The error as one of the `output` itself, which the user knows, not of a temporary beside it."""
+    if error.errno in _NO_PLACE:
+        return OutputError(f"{output} cannot be written: {_hindrance(output) or os.strerror(error.errno)}. Choose another place")
+    return OSError(error.errno, os.strerror(error.errno or 0), str(output))
+
+
+def _hindrance(output: Path) -> str | None:
+    """What stands where a file is to be, or a folder above it."""
+    if os.path.isdir(output):
+        return "a folder of this name is there"
+    files = (parent for parent in reversed(output.parents) if os.path.lexists(parent) and not os.path.isdir(parent))
+    return next((f"{parent} is no folder" for parent in files), None)
+
+
 @contextlib.contextmanager
 def new_file(final: Path) -> Iterator[Path]:
-    """Yield a temporary path to write; on success it becomes `final` durably, on failure it is removed.
+    """Yield a temporary path to write; on success it becomes `final` durably, on failure it is removed. Folders above it are made.
 
-    A failed write carries no file name of its own (and h5py's text is for programmers): the OSError names `final`.
+    A failed write carries no file name of its own (and h5py's text is for programmers), or a name that is nobody's: the OSError names `final`.
     """
+    if not os.path.isdir(final.parent):
+        make_folder(final.parent, output=final)
     temporary = temporary_sibling(final)
     try:
         yield temporary
         fsync_path(temporary)
         rename_into_place(temporary, final)
     except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno and error.filename is None:
-            raise OSError(error.errno, os.strerror(error.errno), str(final)) from error
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno and error.filename in (None, temporary, str(temporary)):
+            raise _about(final, error) from error
         raise
 
 
@@ -113,9 +141,9 @@ def sha256_of(path: Path) -> str:
 
 @contextlib.contextmanager
 def new_folder(final: Path) -> Iterator[Path]:
-    """Yield a temporary folder to fill; on success it is sealed with a manifest and becomes `final`."""
+    """Yield a temporary folder to fill; on success it is sealed with a manifest and becomes `final`. Folders above it are made."""
     temporary = temporary_sibling(final)
-    temporary.mkdir(parents=True)
+    make_folder(temporary, output=final)
     try:
         yield temporary
         seal_folder(temporary)

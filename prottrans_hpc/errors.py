@@ -30,8 +30,8 @@ MEANING = {
     NO_INPUT: "no usable checkpoint or input was found",
     BUG: "an error of the program itself: please report it",
     NO_RESOURCES: "out of memory, processes, file handles or ports, the scheduler refused, or a gate on slow nodes is closed",
-    CANNOT_WRITE: "the output cannot be written: disk full, quota or read-only",
-    IO_ERROR: "the file system reported an input/output error",
+    CANNOT_WRITE: "the output cannot be written: disk full, quota, read-only, or no folder to be there",
+    IO_ERROR: "a file system, or the network on the way to it, reported an error",
     REQUEUE: "stopped before the end with the state saved: run or requeue the same command",
     NUMERICS: "the training diverged: non-finite loss or gradients",
     NO_PERMISSION: "no permission for a file or directory",
@@ -62,6 +62,12 @@ class CheckpointError(ProttransError):
     """No checkpoint, corpus or other input that this command could use."""
 
     exit_code = NO_INPUT
+
+
+class OutputError(ProttransError, OSError):
+    """An output cannot be at the place that was asked for: something else is in the way."""
+
+    exit_code = CANNOT_WRITE
 
 
 class ResourceError(ProttransError):
@@ -135,12 +141,26 @@ _ERRNO_CODES = {
     errno.ENOENT: NO_INPUT,
     errno.ENOTDIR: NO_INPUT,
     errno.EISDIR: NO_INPUT,
+    errno.ELOOP: NO_INPUT,
+    errno.ENAMETOOLONG: NO_INPUT,
     errno.EMFILE: NO_RESOURCES,
     errno.ENFILE: NO_RESOURCES,
     errno.EAGAIN: NO_RESOURCES,
     errno.ENOMEM: NO_RESOURCES,
-    errno.EIO: IO_ERROR,
+    errno.ENOBUFS: NO_RESOURCES,
+    errno.EADDRINUSE: NO_RESOURCES,
 }
+"""Every other number is an IO_ERROR: network file systems have dozens (ESTALE, EREMOTEIO, 524 ...), and most go away by themselves."""
+
+_OUT_OF_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "not enough memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+"""How torch and the libraries below it say so in a bare RuntimeError."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that memory ran out, on the host or on a GPU. torch's own class is known by its name: the base does not import torch."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _OUT_OF_MEMORY)
 
 
 def exit_code(error: BaseException) -> int:
@@ -149,10 +169,10 @@ def exit_code(error: BaseException) -> int:
         return error.exit_code
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED
-    if isinstance(error, MemoryError):
+    if is_out_of_memory(error):
         return NO_RESOURCES
-    if isinstance(error, OSError):
-        return _ERRNO_CODES.get(error.errno or 0, BUG)
+    if isinstance(error, OSError) and error.errno:
+        return _ERRNO_CODES.get(error.errno, IO_ERROR)
     return BUG
 
 
@@ -163,11 +183,16 @@ def explain(error: BaseException) -> str:
         reason = error.strerror or str(error)
         named = f"{error.filename!s}: {reason}" if error.filename else reason
         return f"{named} (file system {where})" if where else named
-    if isinstance(error, MemoryError):
-        return f"out of memory: {error}" if str(error) else "out of memory"
+    if is_out_of_memory(error):
+        return f"out of memory: {_first_line(error)}" if str(error) else "out of memory"
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
     return str(error) or type(error).__name__
+
+
+def _first_line(error: BaseException) -> str:
+    """What follows in torch's messages are the frames of its C++ code, or advice about its allocator."""
+    return str(error).strip().partition("\n")[0]
 
 
 def _mount_point(path: str | bytes | int | None) -> str | None:

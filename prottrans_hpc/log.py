@@ -18,8 +18,6 @@ from . import terminal
 from .rank import RankContext
 from .run_dir import RunDir
 
-_LONGEST_LINE = 4000
-
 
 class RecordFormatter(logging.Formatter):
     """`time level host rank logger: message`; further lines are indented, so that no text can pass for a record of its own."""
@@ -32,12 +30,7 @@ class RecordFormatter(logging.Formatter):
         """One record, possibly several lines, each safe to show."""
         when = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z"
         text = record.getMessage() + ("\n" + self.formatException(record.exc_info) if record.exc_info else "")
-        return f"{when} {record.levelname} {self._who} {record.name}: {safe_lines(text)}"
-
-
-def safe_lines(text: str) -> str:
-    """Text with its control characters escaped, but for its line breaks, after which it is indented."""
-    return "\n  ".join(terminal.printable(line, _LONGEST_LINE) for line in text.rstrip("\n").split("\n"))
+        return f"{when} {record.levelname} {self._who} {record.name}: {terminal.printable_lines(text)}"
 
 
 class AppendHandler(logging.Handler):
@@ -71,7 +64,7 @@ class TerminalHandler(logging.Handler):
         """Show one message; a closed terminal is no reason to stop."""
         if record.levelno < logging.WARNING and terminal.verbosity() < terminal.NORMAL:
             return
-        message = safe_lines(record.getMessage())
+        message = terminal.printable_lines(record.getMessage())
         with contextlib.suppress(OSError, ValueError):
             print(f"{record.levelname.lower()}: {message}" if record.levelno >= logging.WARNING else message, file=sys.stderr, flush=True)
 

@@ -6,7 +6,6 @@ both and makes the report.
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Iterable
 from dataclasses import replace
@@ -15,7 +14,7 @@ from typing import Literal
 
 from pydantic.dataclasses import dataclass
 
-from . import config, durable
+from . import config, durable, json_lines
 from .config import STRICT, Count, Natural
 from .errors import CheckpointError, DataError
 from .recipe import Phase, Recipe, Validation
@@ -135,8 +134,7 @@ class StudyDir:
 def num_steps(run: RunDir) -> int:
     """The last step in metrics.jsonl; 0 when there is none."""
     try:
-        lines = run.metrics.read_bytes().split(b"\n")[:-1]
-        return int(json.loads(lines[-1])["step"]) if lines else 0
+        return max((int(record["step"]) for record in json_lines.read(run.metrics)), default=0)
     except (OSError, ValueError, KeyError):
         return 0
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 
 QUIET, NORMAL, VERBOSE = 0, 1, 2
 _PLAIN_LINE_EVERY_S = 10.0
+_LONGEST_LINE = 4000
 _state = {"verbosity": NORMAL}
 
 
@@ -33,6 +34,11 @@ def printable(text: str | bytes, limit: int = 200) -> str:
         text = text.decode("utf-8", "backslashreplace")
     safe = "".join(c if unicodedata.category(c)[0] not in "CZ" or c == " " else c.encode("unicode_escape").decode() for c in text[: limit + 1])
     return safe if len(safe) <= limit else safe[: limit - 3] + "..."
+
+
+def printable_lines(text: str, limit: int = _LONGEST_LINE) -> str:
+    """Like `printable`, but with its line breaks, behind which it is indented, so that no text can pass for a message of its own."""
+    return "\n  ".join(printable(line, limit) for line in text.rstrip("\n").split("\n"))
 
 
 def note(message: str) -> None:

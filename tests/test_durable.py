@@ -243,3 +243,41 @@ def test_fsync_of_a_file_that_fails_is_an_error_but_a_directory_may_refuse(tmp_p
     (tmp_path / "a").write_bytes(b"")
     with pytest.raises(OSError, match="Invalid argument"):
         durable.fsync_path(tmp_path / "a")
+
+
+def test_the_folders_above_an_output_are_made(tmp_path):
+    durable.write_bytes(tmp_path / "a" / "b" / "c.json", b"new")
+    assert (tmp_path / "a" / "b" / "c.json").read_bytes() == b"new"
+    saved_folder(tmp_path / "d" / "step-1", {"a.bin": b"1"})
+    assert durable.folder_problems(tmp_path / "d" / "step-1") == []
+
+
+@pytest.mark.parametrize(
+    ("name", "hindrance"),
+    [("q.fa/x", "{}/q.fa is no folder"), ("q.fa/y/x", "{}/q.fa is no folder"), ("dangling/x", "{}/dangling is no folder"), ("x" * 300, "File name too long")],
+)
+@pytest.mark.parametrize("write", [lambda path: durable.write_bytes(path, b"new"), lambda path: saved_folder(path, {"a.bin": b"1"})])
+def test_an_output_that_cannot_be_there_is_a_cannot_write_that_names_it(tmp_path, name, hindrance, write):
+    (tmp_path / "q.fa").write_bytes(b">1\nMK\n")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere" / "else")
+    before = visible(tmp_path)
+    with pytest.raises(errors.OutputError) as caught:
+        write(tmp_path / name)
+    assert str(caught.value) == f"{tmp_path / name} cannot be written: {hindrance.format(tmp_path)}. Choose another place"
+    assert errors.exit_code(caught.value) == errors.CANNOT_WRITE
+    assert errors.explain(caught.value) == str(caught.value)
+    assert isinstance(caught.value, OSError), "who survives a full disk survives this"
+    assert {path.name for path in tmp_path.iterdir()} == before
+
+
+def test_a_file_that_is_to_be_where_a_folder_is_is_a_cannot_write(tmp_path):
+    (tmp_path / "plots").mkdir()
+    with pytest.raises(errors.OutputError, match="plots cannot be written: a folder of this name is there"):
+        durable.write_bytes(tmp_path / "plots", b"new")
+    assert [path.name for path in tmp_path.iterdir()] == ["plots"]
+
+
+def test_an_input_that_is_missing_stays_one(tmp_path):
+    with pytest.raises(FileNotFoundError) as caught, durable.new_file(tmp_path / "copy"):
+        (tmp_path / "original").read_bytes()
+    assert errors.exit_code(caught.value) == errors.NO_INPUT

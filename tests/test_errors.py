@@ -29,6 +29,21 @@ def test_every_error_ends_with_a_code_that_has_a_meaning(kind):
         (OSError(errno.EMFILE, "Too many open files"), 71),
         (OSError(errno.EIO, "Input/output error"), 74),
         (OSError("no errno at all"), 70),
+        (OSError(errno.ESTALE, "Stale file handle"), 74),
+        (TimeoutError(errno.ETIMEDOUT, "Connection timed out"), 74),
+        (OSError(errno.EREMOTEIO, "Remote I/O error"), 74),
+        (OSError(errno.ENXIO, "No such device or address"), 74),
+        (OSError(errno.EHOSTDOWN, "Host is down"), 74),
+        (OSError(errno.ENODEV, "No such device"), 74),
+        (OSError(errno.EBUSY, "Device or resource busy"), 74),
+        (OSError(errno.ENOLCK, "No locks available"), 74),
+        (OSError(524, "Unknown error 524"), 74),
+        (OSError(errno.ENAMETOOLONG, "File name too long"), 66),
+        (OSError(errno.EADDRINUSE, "Address already in use"), 71),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:132] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes"), 71),
+        (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"), 71),
+        (type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory. Tried to allocate 2.00 GiB"), 71),
+        (RuntimeError("expected scalar type Float but found Half"), 70),
         (MemoryError(), 71),
         (KeyboardInterrupt(), 130),
         (ZeroDivisionError("division by zero"), 70),
@@ -48,6 +63,11 @@ def test_a_failed_write_names_the_file_and_its_file_system(tmp_path):
 
 def test_a_failed_read_names_the_file_only(tmp_path):
     assert errors.explain(FileNotFoundError(errno.ENOENT, "No such file or directory", "/nowhere/a.fasta")) == "/nowhere/a.fasta: No such file or directory"
+
+
+def test_memory_that_ran_out_is_told_in_one_line():
+    error = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes.\nframe #0: c10::Error::Error")
+    assert errors.explain(error) == "out of memory: DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes."
 
 
 @pytest.mark.parametrize("error", [MemoryError(), KeyboardInterrupt(), ValueError(), errors.DataError("bad"), OSError("odd"), OSError(errno.ENOSPC, "full", 3)])

@@ -31,6 +31,9 @@ BASE_MODULES = {"__init__", "errors", "durable", "stage", "config", "machine", "
     "architecture",
     "architectures",
     "terminal",
+    "json_lines",
+    "file_lock",
+    "timestamp",
 }
 COMM_MODULES = {
     "comm",

@@ -42,6 +42,10 @@ def test_control_and_bidirectional_characters_are_escaped(text, safe):
     assert terminal.printable(text) == safe
 
 
+def test_several_lines_stay_lines_and_none_passes_for_a_message_of_its_own():
+    assert terminal.printable_lines("two faults:\nerror: \x1b[31mred\n") == "two faults:\n  error: \\x1b[31mred"
+
+
 def test_a_long_text_is_cut_and_says_so():
     assert terminal.printable("x" * 201) == "x" * 197 + "..."
     assert terminal.printable("x" * 200) == "x" * 200

@@ -380,6 +380,10 @@ static PyObject *select_path(PyObject *self, PyObject *args) {
     return PyUnicode_FromString(vector_path);
 }
 
+static PyObject *path_in_use(PyObject *self, PyObject *Py_UNUSED(ignored)) {
+    return PyUnicode_FromString(vector_path);
+}
+
 static PyMethodDef methods[] = {
     {"parse_block", parse_block, METH_VARARGS,
      "parse_block(data, table, lines, residues, offsets, names, name_offsets, starts, invalid, counted) -> (records, bytes used)"},
@@ -388,6 +392,7 @@ static PyMethodDef methods[] = {
     {"gather", gather, METH_VARARGS, "gather(residues, starts, lengths, table, out, out_starts): out[out_starts[i]:] = table[residues[starts[i]:][:lengths[i]]]"},
     {"collect", collect, METH_VARARGS, "collect(data, firsts, lasts, out): copy data[firsts[i]:lasts[i]] end to end into out"},
     {"select_path", select_path, METH_VARARGS, "select_path(best) -> name of the path now in use"},
+    {"path_in_use", path_in_use, METH_NOARGS, "path_in_use() -> its name"},
     {NULL, NULL, 0, NULL}};
 
 static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_kernel", "Hot loops of the corpus; see kernel.py.", -1, methods, NULL, NULL, NULL, NULL};

@@ -20,7 +20,6 @@ I64 = npt.NDArray[np.int64]
 
 PERSON = b"prottrans_hpc v1"
 """Personalisation of every BLAKE2b digest, so that no other use of the hash gives the same value."""
-DIGEST_BYTES = 16
 _SLACK = 64  # what the vector stores of the extension may write behind the last residue
 _MAX_RECORDS = 1 << 16
 
@@ -33,7 +32,7 @@ except ImportError:
 
 def implementation() -> str:
     """Which loops are in use: "C (avx512)", "C (portable)" or "Python"."""
-    return "Python" if _c is None else f"C ({_c.select_path(True)})"
+    return "Python" if _c is None else f"C ({_c.path_in_use()})"
 
 
 @dataclass(frozen=True)

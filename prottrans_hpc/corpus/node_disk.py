@@ -7,10 +7,7 @@ ID.lock is shared by all who read the copy, ID.copying is held by the one who wr
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import fcntl
-import json
 import os
 import shutil
 import stat
@@ -19,12 +16,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .. import terminal
+from .. import file_lock, json_lines, terminal
 from ..errors import ConfigError, ResourceError
+from ..file_lock import Lock
 from .index import Index, ShardEntry
 
 JOURNAL = "staged.jsonl"
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 def staged_folder(index: Index, disk: str, environment: Mapping[str, str]) -> Path:
@@ -61,23 +58,11 @@ def lock_file(folder: Path, kind: str) -> int:
     return os.open(folder.with_name(f"{folder.name}.{kind}"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
 
 
-def try_lock(descriptor: int, operation: int) -> bool:
-    """Take a lock if it is free; the kernel drops the locks of the dead. A file system without locks has them all free."""
-    try:
-        fcntl.flock(descriptor, operation | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        if error.errno not in _NO_LOCKS:
-            raise
-    return True
-
-
 def remove_unused(folder: Path) -> bool:
-    """Delete a staged corpus that no process reads or writes; whether it is gone."""
+    """Delete a staged corpus that no process reads or writes; whether it is gone. A file system without locks has them all free."""
     descriptor = lock_file(folder, "lock")
     try:
-        if not try_lock(descriptor, fcntl.LOCK_EX):
+        if file_lock.take(descriptor) is Lock.BUSY:
             return False
         shutil.rmtree(folder, ignore_errors=True)
         return not folder.exists()
@@ -116,19 +101,9 @@ def record_of(path: Path, shard: ShardEntry) -> dict[str, Any] | None:
 
 def read_journal(folder: Path) -> dict[str, Any]:
     """The newest record of each file. What a kill cut short is not there: its shard is copied again."""
-    records = {}
-    with contextlib.suppress(FileNotFoundError):
-        for line in (folder / JOURNAL).read_bytes().splitlines():
-            with contextlib.suppress(ValueError, TypeError, KeyError):
-                record = json.loads(line)
-                records[record["file"]] = record
-    return records
+    return {record["file"]: record for record in json_lines.read(folder / JOURNAL) if isinstance(record.get("file"), str)}
 
 
 def append_to_journal(folder: Path, record: Mapping[str, Any]) -> None:
-    """Add a record with one write, which several threads can do. It begins with a line end: a torn line before it must not spoil it."""
-    descriptor = os.open(folder / JOURNAL, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        os.write(descriptor, b"\n" + json.dumps(record).encode() + b"\n")
-    finally:
-        os.close(descriptor)
+    """Add a record with one write, which several threads can do."""
+    json_lines.append(folder / JOURNAL, record)

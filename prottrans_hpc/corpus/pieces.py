@@ -21,7 +21,6 @@ PIECE_BYTES = 1 << 26
 """A piece is closed when it holds this much: what a worker keeps in memory stays bounded."""
 PIECE_RECORDS = 1 << 20
 ROW = np.dtype([("start", "<u4"), ("length", "<u4"), ("name_start", "<u4"), ("name_length", "<u4"), ("split", "u1")])
-KEYS = ("sequence", "name")
 
 Rows = npt.NDArray[np.void]
 Digests = npt.NDArray[np.uint64]

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from .. import durable
 from ..errors import CheckpointError, DataError
 from . import kernel
 from .index import Index, ShardEntry
@@ -82,13 +81,6 @@ class Corpus:
                 kernel.gather(shard.residues, starts, lengths, table, out, out_starts[which])
             except ValueError as error:
                 raise self._damaged(shard.path, str(error)) from error
-
-    def verify(self) -> None:
-        """Read every shard of the split and compare its sha256 with the index. Raises DataError naming the first that differs."""
-        for shard in self._shards:
-            found = durable.sha256_of(self._path(shard))
-            if found != shard.sha256:
-                raise DataError(f"{self._path(shard)} is damaged: its sha256 is {found}, the index says {shard.sha256}")
 
     def _by_shard(self, ids: Int64) -> Iterator[tuple[MappedShard, Int64 | slice, Int64]]:
         """For each shard that holds some of `ids`: the shard, which of the ids, and their numbers within it."""

@@ -50,10 +50,6 @@ class Shard:
     names: npt.NDArray[np.uint8] | None
     name_offsets: npt.NDArray[np.uint64] | None
 
-    def sequence(self, i: int) -> bytes:
-        """Residues of sequence `i`."""
-        return self.residues[int(self.offsets[i]) : int(self.offsets[i + 1])].tobytes()
-
     def name(self, i: int) -> bytes:
         """Name of sequence `i`; empty when the corpus keeps no names."""
         if self.names is None or self.name_offsets is None:

@@ -6,7 +6,6 @@ looks as the journal says was right when it was written, after a kill as well. W
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import logging
 import os
@@ -17,8 +16,9 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import TypeVar
 
-from .. import durable
+from .. import durable, file_lock
 from ..errors import DataError
+from ..file_lock import Lock
 from . import node_disk
 from .index import INDEX, Index, ShardEntry
 
@@ -68,8 +68,8 @@ class Staging:
     def _run(self) -> None:
         try:
             node_disk.make_private(self.folder.parent)
-            self._reading = self._locked("lock", fcntl.LOCK_SH)
-            copying = self._locked("copying", fcntl.LOCK_EX)
+            self._reading = self._locked("lock", shared=True)
+            copying = self._locked("copying", shared=False)
             try:
                 self._stage()
             finally:
@@ -188,11 +188,11 @@ class Staging:
         if self._stop.is_set():
             raise Stopped
 
-    def _locked(self, kind: str, operation: int) -> int:
+    def _locked(self, kind: str, *, shared: bool) -> int:
         """An open lock file whose lock is ours; waited for as long as another process holds it."""
         descriptor, told = node_disk.lock_file(self.folder, kind), False
         try:
-            while not node_disk.try_lock(descriptor, operation):
+            while file_lock.take(descriptor, shared=shared) is Lock.BUSY:
                 if not told:
                     _log.info("another process is staging the same corpus in %s: waiting for it", self.folder)
                 told = True

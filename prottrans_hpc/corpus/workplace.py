@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import re
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from .. import durable, terminal
+from .. import durable, file_lock, terminal
 from ..errors import ConfigError, ResourceError
+from ..file_lock import Lock
 from .index import INDEX, SPLITS
 from .sources import Source
 
@@ -30,7 +30,7 @@ def open_workplace(out: Path) -> Iterator[Path]:
     created = not out.exists()
     _refuse_foreign(out)
     work = out / WORK
-    work.mkdir(parents=True, exist_ok=True)
+    durable.make_folder(work, output=out)
     with _locked(work / "lock", out):
         _clear(out)
         try:
@@ -82,14 +82,11 @@ def _refuse_foreign(out: Path) -> None:
 @contextlib.contextmanager
 def _locked(path: Path, out: Path) -> Iterator[None]:
     with path.open("wb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ResourceError(f"another process is making the corpus {out}") from None
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
-                raise
-            terminal.warn(f"the file system of {out} has no locks: make sure that nothing else writes there")
+        match file_lock.take(file.fileno()):
+            case Lock.BUSY:
+                raise ResourceError(f"another process is making the corpus {out}: wait for it, or give another --out")
+            case Lock.NO_LOCKS:
+                terminal.warn(f"the file system of {out} has no locks: make sure that nothing else writes there")
         yield
 
 

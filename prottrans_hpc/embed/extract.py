@@ -10,13 +10,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from .. import errors
 from .batches import Int64s
 from .options import STORED
 from .parts import Extract, joined
 
 _PIECE = 256
 """Rows that are summed in one go; pieces are then summed again, which keeps the rounding error of a long mean small."""
-_CPU_OUT_OF_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "not enough memory")
 
 
 class Embedder(Protocol):
@@ -71,10 +71,8 @@ class Extractor:
         """The result, or None when memory ran out; a function of its own so that its tensors are gone by then."""
         try:
             return self._results(proteins, rows)
-        except (torch.OutOfMemoryError, MemoryError):
-            return None
-        except RuntimeError as error:
-            if not any(text in str(error) for text in _CPU_OUT_OF_MEMORY):
+        except (RuntimeError, MemoryError) as error:
+            if not errors.is_out_of_memory(error):
                 raise
             return None
 

@@ -8,8 +8,6 @@ damaged part is found by its own name. Parts are never changed; `identity.json` 
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -24,14 +22,14 @@ import numpy as np
 import numpy.typing as npt
 import safetensors.numpy
 
-from .. import config, durable, terminal
+from .. import config, durable, file_lock, terminal
 from ..errors import IdentityError, ResourceError
+from ..file_lock import Lock
 
 IDENTITY = "identity.json"
 _LOCK = "lock"
 _NAME = re.compile(r"window-(\d{8})-batches-(\d{6})-(\d{6})-([0-9a-f]{64})\.safetensors")
 _DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "I64": np.dtype("<i8")}
-_NO_LOCKS_HERE = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL, 524)
 
 Rows = npt.NDArray[np.int64]
 
@@ -177,7 +175,7 @@ def list_parts(path: Path) -> dict[int, list[Part]]:
 def _locked(path: Path) -> Iterator[None]:
     """Hold the folder's lock; the folder may vanish between being made and being locked, then it is made again."""
     while True:
-        path.mkdir(parents=True, exist_ok=True)
+        durable.make_folder(path, output=path.with_name(path.name.removesuffix(".parts")))
         try:
             descriptor = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
         except FileNotFoundError:
@@ -193,14 +191,11 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _lock(descriptor: int, path: Path) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise ResourceError(f"another process is writing embeddings in {path}; wait for it, or give another --out") from error
-    except OSError as error:
-        if error.errno not in _NO_LOCKS_HERE:
-            raise
-        terminal.warn(f"{path}: this file system has no locks; make sure that no second process writes the same file")
+    match file_lock.take(descriptor):
+        case Lock.BUSY:
+            raise ResourceError(f"another process is writing embeddings in {path}; wait for it, or give another --out")
+        case Lock.NO_LOCKS:
+            terminal.warn(f"the file system of {path} has no locks: make sure that no second process writes the same file")
 
 
 def _is_still(path: Path, descriptor: int) -> bool:

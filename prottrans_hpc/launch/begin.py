@@ -140,7 +140,7 @@ def main(arguments: list[str]) -> int:
     except (ProttransError, OSError) as error:
         if isinstance(error, RefusedError):
             print(REFUSED, flush=True)
-        print(f"error: {terminal.printable(errors.explain(error), 2000)}", file=sys.stderr, flush=True)
+        print(f"error: {terminal.printable_lines(errors.explain(error))}", file=sys.stderr, flush=True)
         return errors.exit_code(error)
 
 

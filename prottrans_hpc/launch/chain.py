@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import time
 from collections.abc import Sequence
 
+from .. import file_lock, terminal
 from .. import run_dir as run_dirs
-from .. import terminal
 from ..errors import ProttransError, SubmitError
+from ..file_lock import Lock
 from ..run_dir import RunDir
 from . import job_events, submission
 from .own_job import Start
@@ -83,13 +83,7 @@ def _wait_for_submission(run_dir: RunDir) -> None:
     deadline = time.monotonic() + _SUBMISSION_S
     descriptor = os.open(run_dir.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        while time.monotonic() < deadline:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
-            except BlockingIOError:
-                time.sleep(_POLL_S)
-            except OSError:  # no locks here: nothing to wait for
-                return
+        while file_lock.take(descriptor) is Lock.BUSY and time.monotonic() < deadline:
+            time.sleep(_POLL_S)
     finally:
         os.close(descriptor)

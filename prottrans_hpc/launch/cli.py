@@ -20,6 +20,8 @@ _COMPLETION = "_PROTTRANS_COMPLETE"
 BROKEN_PIPE = 141
 """128 + SIGPIPE, what a shell reports of a program whose reader went away: `prottrans models | head -1`."""
 
+_NO_LIMIT = sys.maxsize - 1
+
 VERBS = {
     "preprocess": ("prottrans_hpc.launch.verbs.preprocess:preprocess", "Turn FASTA files into a corpus of shards."),
     "corpus": ("prottrans_hpc.launch.verbs.corpus:corpus", "Show what is in a corpus, or check every byte of it."),
@@ -128,21 +130,18 @@ def _run(arguments: list[str]) -> int:
 
 def _report(error: BaseException) -> int:
     """Print an error for the user and give its exit code; an unforeseen one comes with its traceback."""
-    unforeseen = not isinstance(error, (errors.ProttransError, OSError, MemoryError, KeyboardInterrupt))
+    code = errors.exit_code(error)
+    unforeseen = code == errors.BUG and not isinstance(error, errors.ProttransError)
     if unforeseen or terminal.verbosity() >= terminal.VERBOSE:
-        print("\n".join(_escaped(line) for line in traceback.format_exc().splitlines()), file=sys.stderr, flush=True)
+        print("\n".join(terminal.printable(line, limit=_NO_LIMIT) for line in traceback.format_exc().splitlines()), file=sys.stderr, flush=True)
     _print_error(errors.explain(error))
     if unforeseen:
         print("This is a bug of prottrans-hpc. Please report it with the lines above and the command that you ran.", file=sys.stderr, flush=True)
-    return errors.exit_code(error)
+    return code
 
 
 def _print_error(message: str) -> None:
-    print(f"error: {_escaped(message)}", file=sys.stderr, flush=True)
-
-
-def _escaped(line: str) -> str:
-    return terminal.printable(line, limit=sys.maxsize - 1)
+    print(f"error: {terminal.printable_lines(message, limit=_NO_LIMIT)}", file=sys.stderr, flush=True)
 
 
 def _one_line(message: str) -> str:

@@ -135,7 +135,7 @@ def main(arguments: list[str]) -> int:
     try:
         end(arguments[0], RunDir(Path(arguments[1])), code, os.environ)
     except (ProttransError, OSError) as error:
-        print(f"warning: the end of this job is not settled: {terminal.printable(errors.explain(error), 2000)}", file=sys.stderr, flush=True)
+        print(f"warning: the end of this job is not settled: {terminal.printable_lines(errors.explain(error))}", file=sys.stderr, flush=True)
     return code
 
 

@@ -7,14 +7,14 @@ whose output is there are not run again, and jobs that are still in the queue ar
 
 from __future__ import annotations
 
-import fcntl
 import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from .. import stage, terminal
+from .. import file_lock, stage, terminal
 from ..errors import SubmitError
+from ..file_lock import Lock
 from ..stage import Item
 from .farm_files import FarmFiles, read_state
 from .farm_jobs import Jobs, open_jobs, render
@@ -55,12 +55,11 @@ def opened(plan: FarmPlan, *, fresh: bool) -> Iterator[stage.Farm]:
     FarmFiles(plan.folder).prepare_folder()
     lock = plan.folder / "lock"
     with lock.open("wb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise SubmitError(f"another process works with {plan.folder}: wait for it, or stop it") from None
-        except OSError as error:
-            terminal.warn(f"the file system of {plan.folder} has no locks ({error.strerror}): make sure that this command runs only once")
+        match file_lock.take(file.fileno()):
+            case Lock.BUSY:
+                raise SubmitError(f"another process works with {plan.folder}: wait for it, or stop it")
+            case Lock.NO_LOCKS:
+                terminal.warn(f"the file system of {plan.folder} has no locks: make sure that this command runs only once")
         if fresh:
             _settle(plan)
         yield stage.Farm(plan.folder, plan.num_items, plan.cores_per_item, lambda name, items: run(plan, name, items))

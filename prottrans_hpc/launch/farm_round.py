@@ -10,13 +10,14 @@ from dataclasses import dataclass, field, replace
 from .. import durable, errors, terminal
 from ..errors import FarmError
 from ..stage import Item
+from . import verdicts
 from .farm_files import FarmFiles, FarmJob, read_state, write_state
 from .farm_jobs import Jobs, open_jobs
 from .farm_plan import FarmPlan
 from .farm_report import Follower, cause, last_words
 
-_INCURABLE = frozenset((errors.USAGE, errors.BAD_DATA, errors.NO_INPUT, errors.BUG, errors.CANNOT_WRITE, errors.NO_PERMISSION, errors.IDENTITY))
-"""Exit codes after which another try would end in the same way."""
+_INCURABLE = frozenset((*verdicts.INCURABLE, errors.CANNOT_WRITE))
+"""Exit codes after which another try would end in the same way. It would follow at once: a full disk still is, while the next job of a chain comes later."""
 _LOOK_EVERY_S = 1.0
 _MAX_STOPS = 50
 """Tries that ended early with their state saved (75); each gets further, so they do not count as failures."""

@@ -6,7 +6,6 @@ A run directory belongs to one run. The same experiment (recipe, corpus) resumes
 from __future__ import annotations
 
 import datetime
-import fcntl
 import json
 import os
 import re
@@ -18,8 +17,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .. import __version__, config, durable, run_dir, terminal
+from .. import __version__, config, durable, file_lock, run_dir, terminal
 from ..errors import ConfigError, IdentityError, ProttransError, SubmitError
+from ..file_lock import Lock
 from ..machine import Allocation, Machine
 from ..recipe import Recipe, science
 from ..run_dir import Init, Preflight, Run, RunDir
@@ -257,25 +257,24 @@ def locked(directory: RunDir) -> Iterator[int]:
     """Hold the run directory; the descriptor goes to the job, so that the last of its processes gives it free."""
     descriptor = os.open(directory.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        try:
-            _take(descriptor)
-        except BlockingIOError:
-            raise SubmitError(f"{directory.path} is in use by a job that is running{_job_in(directory)}: wait for it or stop it") from None
-        except OSError as error:
-            terminal.warn(f"the file system of {directory.path} has no locks ({error.strerror}): make sure that no other job uses this run directory")
+        match _take(descriptor):
+            case Lock.BUSY:
+                raise SubmitError(f"{directory.path} is in use by a job that is running{_job_in(directory)}: wait for it or stop it")
+            case Lock.NO_LOCKS:
+                terminal.warn(f"the file system of {directory.path} has no locks: make sure that no other job uses this run directory")
         yield descriptor
     finally:
         os.close(descriptor)
 
 
-def _take(descriptor: int) -> None:
-    """Take the lock. Raises BlockingIOError when a job has it; who only looks whether it is held gives it back at once."""
+def _take(descriptor: int) -> Lock:
+    """Take the lock unless a job has it; who only looks whether it is held gives it back at once."""
     for _ in range(_GLANCES):
-        try:
-            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            time.sleep(_GLANCE_S)
-    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock = file_lock.take(descriptor)
+        if lock is not Lock.BUSY:
+            return lock
+        time.sleep(_GLANCE_S)
+    return file_lock.take(descriptor)
 
 
 _GLANCES, _GLANCE_S = 5, 0.05

@@ -6,19 +6,12 @@ Events: submitted, begun, ended, taken_over, refused, requeued, cancelled_rest, 
 
 from __future__ import annotations
 
-import datetime
-import json
-import os
 from typing import Any, Protocol
 
+from .. import json_lines, timestamp
 from ..run_dir import RunDir
 
 Event = dict[str, Any]
-
-
-def now() -> str:
-    """The time in UTC, ISO 8601, to the millisecond."""
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 class Who(Protocol):
@@ -40,36 +33,13 @@ def note(run_dir: RunDir, who: Who, event: str, **details: Any) -> None:
 
 def record(run_dir: RunDir, event: str, *, job_id: str, restart: int, **details: Any) -> None:
     """Append one line, durably and with one write, for several jobs may append to one file."""
-    line = json.dumps({"time": now(), "event": event, "job_id": job_id, "restart": restart, **details}) + "\n"
-    descriptor = os.open(run_dir.jobs_log, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        content = (line if _ends_a_line(descriptor) else "\n" + line).encode()
-        if os.write(descriptor, content) != len(content):
-            raise OSError(28, os.strerror(28), str(run_dir.jobs_log))  # the rest did not fit
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _ends_a_line(descriptor: int) -> bool:
-    """Whether the file is empty or ends with a newline; a full disk or a power cut may have left half a line."""
-    size = os.fstat(descriptor).st_size
-    return size == 0 or os.pread(descriptor, 1, size - 1) == b"\n"
+    json_lines.append_durably(run_dir.jobs_log, {"time": timestamp.now(), "event": event, "job_id": job_id, "restart": restart, **details})
 
 
 def read_events(run_dir: RunDir) -> list[Event]:
     """All events, the oldest first. A line that cannot be read (half written) is left out."""
-    try:
-        lines = run_dir.jobs_log.read_bytes().splitlines()
-    except FileNotFoundError:
-        return []
-    return [event for event in map(_parse, lines) if event]
+    return [event for event in json_lines.read(run_dir.jobs_log) if _is_event(event)]
 
 
-def _parse(line: bytes) -> Event:
-    try:
-        event = json.loads(line)
-    except (ValueError, RecursionError):
-        return {}
-    is_event = isinstance(event, dict) and isinstance(event.get("event"), str) and isinstance(event.get("job_id"), str)
-    return event if is_event and isinstance(event.get("restart"), int) else {}
+def _is_event(record: Event) -> bool:
+    return isinstance(record.get("event"), str) and isinstance(record.get("job_id"), str) and isinstance(record.get("restart"), int)

@@ -7,17 +7,17 @@ when the scheduler says that the job is gone. In doubt, and where the scheduler 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from .. import durable
+from .. import durable, file_lock, timestamp
 from ..errors import DataError, SubmitError
+from ..file_lock import Lock
 from ..run_dir import RunDir
-from . import job_events, submission
+from . import submission
 from .job_state import State
 from .own_job import Start
 
@@ -105,7 +105,7 @@ def is_of(lease: Lease, start: Start) -> bool:
 
 
 def _content(start: Start) -> dict[str, Any]:
-    return {**vars(start), "nodes": list(start.nodes), "time": job_events.now()}
+    return {**vars(start), "nodes": list(start.nodes), "time": timestamp.now()}
 
 
 def _fate(run_dir: RunDir, lease: Lease, start: Start) -> State | None:
@@ -132,13 +132,9 @@ def _remedy(run_dir: RunDir) -> str:
 
 @contextlib.contextmanager
 def _locked(run_dir: RunDir) -> Iterator[bool]:
-    """One at a time looks at the lease and changes it. Yields whether the file system has locks at all."""
+    """One at a time looks at the lease and changes it. Yields whether the file system has locks."""
     descriptor = os.open(run_dir.path / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            yield True
-        except OSError:
-            yield False
+        yield file_lock.take(descriptor, waits=True) is Lock.HELD
     finally:
         os.close(descriptor)

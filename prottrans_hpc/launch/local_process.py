@@ -6,10 +6,11 @@ processes hold its run directory's lock file open, from the command line or job 
 
 from __future__ import annotations
 
-import fcntl
 import os
 from pathlib import Path
 
+from .. import file_lock
+from ..file_lock import Lock
 from ..run_dir import Jobs, RunDir
 
 
@@ -41,14 +42,11 @@ def lock_is_held(run_dir: RunDir) -> bool:
         return False
     try:
         # Shared and given back at once: a start that comes in between tries again (see gang.py).
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
+        return file_lock.take(descriptor, shared=True) is Lock.BUSY
     except OSError:
         return False
     finally:
         os.close(descriptor)
-    return False
 
 
 def is_here(jobs: Jobs) -> bool:

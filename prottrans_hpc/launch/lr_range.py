@@ -6,12 +6,11 @@ same machine with the same ranks; its recipe differs in the schedule, so it has 
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
-from .. import errors, terminal
+from .. import errors, json_lines, terminal
 from ..errors import ConfigError
 from ..recipe import Divergence, Recipe, Validation
 from ..stage import run_stage
@@ -81,9 +80,7 @@ def _range(text: str, peak: float) -> tuple[float, float]:
 
 def is_over(plan: Plan) -> bool:
     """Whether the sweep has ended, at its last step or at non-finite numbers: there or in a batch job of before."""
-    if not plan.run_dir.history.exists():
-        return False
-    events = [json.loads(line) for line in plan.run_dir.history.read_text(encoding="utf-8").splitlines()]
+    events = json_lines.read(plan.run_dir.history)
     return bool(events) and events[-1].get("event") == "stop" and events[-1].get("exit_code") in (errors.DONE, errors.NUMERICS)
 
 

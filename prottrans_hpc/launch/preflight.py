@@ -168,7 +168,7 @@ def main(arguments: list[str]) -> int:
             print(terminal.printable(preflight_notes.line(run_dir, finding, scheduler=ours[0], kept_away=kept), 4000), file=sys.stderr, flush=True)
         return finding.code
     except (ProttransError, OSError) as error:
-        print(f"error: the preflight could not be made: {terminal.printable(errors.explain(error), 2000)}", file=sys.stderr, flush=True)
+        print(f"error: the preflight could not be made: {terminal.printable_lines(errors.explain(error))}", file=sys.stderr, flush=True)
         return errors.exit_code(error)
 
 

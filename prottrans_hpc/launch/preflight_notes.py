@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from .. import durable, errors
+from .. import durable, errors, json_lines, timestamp
 from ..errors import DataError
 from ..machine import Allocation
 from ..run_dir import Preflight, RunDir, read_run
-from . import job_events
 from .progress import read_progress
 from .run_files import read_records
 
@@ -50,7 +47,7 @@ class Finding:
 def write(run_dir: RunDir, finding: Finding, measured: Mapping[str, Any], *, elapsed_s: float) -> None:
     """Keep the figures with the verdict, and add to the history: the preflight, nodes that are slow or no longer so, and the end of the job."""
     step = read_progress(run_dir).step
-    told = {"verdict": str(finding.verdict), "reason": finding.reason, "exit_code": finding.code, "time": job_events.now(), "elapsed_s": round(elapsed_s, 1)}
+    told = {"verdict": str(finding.verdict), "reason": finding.reason, "exit_code": finding.code, "time": timestamp.now(), "elapsed_s": round(elapsed_s, 1)}
     durable.write_json(run_dir.preflight_json, {**told, **measured})
     events: list[dict[str, Any]] = [{"event": "preflight", "step": step, **told, "figures": figures(measured)}]
     slow = measured.get("slow_nodes") or []
@@ -62,28 +59,14 @@ def write(run_dir: RunDir, finding: Finding, measured: Mapping[str, Any], *, ela
         events += [{"event": "node recovered", "by": BY, "step": step, "node": number, "host": host} for number, host in again]
     if finding.code != errors.DONE:
         events.append({"event": "stop", "step": step, "cause": cause(finding), "exit_code": finding.code})
-    _append(run_dir, events)
+    # No rank of the training is there, so that nobody else writes into the history now.
+    json_lines.append_durably(run_dir.history, *({"time": timestamp.now(), **event} for event in events))
 
 
 def _found_before(run_dir: RunDir) -> set[str]:
     """The hosts whose last word in the history is that a preflight found them slow."""
     last = {str(event.get("host")): event for event in read_records(run_dir.history) if event.get("event") in ("slow node", "node recovered")}
     return {host for host, event in last.items() if event["event"] == "slow node" and event.get("by") == BY}
-
-
-def _append(run_dir: RunDir, events: list[dict[str, Any]]) -> None:
-    """No rank of the training is there, so that nobody else writes into the history now."""
-    content = "".join(json.dumps({"time": job_events.now(), **event}) + "\n" for event in events).encode()
-    descriptor = os.open(run_dir.history, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    try:
-        size = os.fstat(descriptor).st_size
-        if size and os.pread(descriptor, 1, size - 1) != b"\n":  # a kill left half a line
-            content = b"\n" + content
-        if os.write(descriptor, content) != len(content):
-            raise OSError(28, os.strerror(28), str(run_dir.history))  # the rest did not fit
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def cause(finding: Finding) -> str:

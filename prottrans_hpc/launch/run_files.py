@@ -6,10 +6,11 @@ and a file that is followed as it grows. Nothing here writes.
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import IO, Any
+
+from .. import json_lines
 
 _BLOCK = 1 << 16
 _LONGEST_READ = 1 << 20
@@ -19,15 +20,12 @@ Record = dict[str, Any]
 
 def read_records(path: Path) -> list[Record]:
     """The JSON objects of a file with one a line; a missing file has none, a line that is no object is passed over."""
-    try:
-        return _records(path.read_bytes().split(b"\n"))
-    except (FileNotFoundError, NotADirectoryError):
-        return []
+    return json_lines.read(path)
 
 
 def last_records(path: Path, count: int) -> list[Record]:
     """The last `count` or fewer JSON objects of a file with one a line, oldest first."""
-    return _records(last_lines(path, count))
+    return json_lines.parse(last_lines(path, count))
 
 
 def last_lines(path: Path, count: int) -> list[bytes]:
@@ -43,18 +41,6 @@ def tail(path: Path, count: int) -> tuple[list[bytes], bytes, int]:
             return _tail(file, count)
     except (FileNotFoundError, NotADirectoryError):
         return [], b"", 0
-
-
-def _records(lines: list[bytes]) -> list[Record]:
-    found = []
-    for line in lines:
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError):  # half a line of a killed process
-            continue
-        if isinstance(value, dict):
-            found.append(value)
-    return found
 
 
 def _tail(file: IO[bytes], count: int) -> tuple[list[bytes], bytes, int]:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from .. import terminal
+from .. import terminal, timestamp
 from .run_facts import DamagedRun, RunFacts
 from .run_history import Now, Start, Story
 from .run_state import RunState, Verdict
@@ -151,7 +151,7 @@ def present(facts: RunFacts, verdict: Verdict) -> Now:
     """What the history of a run must know of its present."""
     at_work = verdict.state.is_alive and verdict.state is not RunState.QUEUED
     written = facts.run_dir.metrics.stat().st_mtime if facts.recent else None
-    last_step_at = datetime.fromtimestamp(written, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z") if written else None
+    last_step_at = timestamp.utc(written) if written else None
     step_s = float(rates(facts).get("step_s", 0.0))
     unsaved = [float(record.get("step_s") or 0.0) for record in facts.recent if record.get("step", 0) > facts.saved_step]
     lost_s = sum(unsaved) if len(unsaved) < len(facts.recent) else step_s * (facts.step - facts.saved_step)

@@ -26,7 +26,7 @@ def main(arguments: list[str]) -> int:
         code = errors.exit_code(error)
         if code == errors.BUG:
             traceback.print_exc()
-        print(f"error: {terminal.printable(errors.explain(error), limit=2000)}", file=sys.stderr, flush=True)
+        print(f"error: {terminal.printable_lines(errors.explain(error))}", file=sys.stderr, flush=True)
         return code
 
 

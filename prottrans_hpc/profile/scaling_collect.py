@@ -6,12 +6,11 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .. import architecture, durable
+from .. import architecture, durable, json_lines
 from ..errors import CheckpointError
 from ..precision_levels import LEVELS
 from ..run_dir import Run, RunDir, read_run
 from ..scaling_study import Study, StudyDir, StudyPoint
-from ..train.curve import read_lines
 from .model_facts import model_facts
 from .scaling import PARTS, Ledger, NodeShare, Point, Scaling, Sharing
 
@@ -92,7 +91,7 @@ def _peak_tflops(run: Run) -> float | None:
 
 def _point(study: Study, point: StudyPoint, directory: RunDir, run: Run, *, order: int, folder: StudyDir) -> Point:
     measured = range(study.warmup + 1, study.warmup + study.steps + 1)
-    records = [record for record in read_lines(directory.metrics) if record["step"] in measured]
+    records = [record for record in json_lines.read(directory.metrics) if record["step"] in measured]
     peak = _peak_tflops(run)
     counted = peak is not None and all(record.get("mfu") for record in records)
     flops_per_s = (peak or 0.0) * 1e12 * run.allocation.num_ranks
@@ -119,7 +118,7 @@ def _nodes(directory: RunDir, measured: range) -> dict[int, list[Record]]:
     """The lines of each node that has one for every measured step; a full disk may have ended a file."""
     found: dict[int, list[Record]] = {}
     for path in sorted(directory.timings.glob("node-*.jsonl")):
-        lines: list[Record] = [line for line in read_lines(path) if line["step"] in measured]
+        lines: list[Record] = [line for line in json_lines.read(path) if line["step"] in measured]
         if len(lines) == len(measured):
             found[int(path.stem.removeprefix("node-"))] = lines
     return found

@@ -8,15 +8,15 @@ below that line has learned no more than how common each residue is.
 from __future__ import annotations
 
 import argparse
-import json
-import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from .. import durable, errors
+from .. import durable, errors, json_lines, terminal
+from ..corpus.index import INDEX
+from ..corpus.statistics import unigram_entropy
 from ..errors import CheckpointError, ProttransError, missing_package
 from ..run_dir import RunDir, read_run
 
@@ -47,7 +47,7 @@ def read_curve(run_dir: RunDir) -> Curve:
     training = _losses(run_dir.metrics)
     if not training:
         raise CheckpointError(f"{run_dir.path} has no finished step yet: {run_dir.metrics.name} is empty")
-    starts = (event for event in read_lines(run_dir.history) if event.get("event") == "start")
+    starts = (event for event in json_lines.read(run_dir.history) if event.get("event") == "start")
     return Curve(
         title=f"{run.recipe_name}, {run.allocation.num_ranks} ranks",
         training=training,
@@ -57,26 +57,15 @@ def read_curve(run_dir: RunDir) -> Curve:
     )
 
 
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The whole lines of a JSON lines file; a run that is being written may end in half a line."""
-    if not path.is_file():
-        return
-    for line in path.read_bytes().splitlines(keepends=True):
-        if line.endswith(b"\n"):
-            yield json.loads(line)
-
-
 def _losses(path: Path) -> Points:
-    return tuple((int(entry["step"]), float(entry["loss"])) for entry in read_lines(path) if entry.get("loss") is not None)
+    return tuple((int(entry["step"]), float(entry["loss"])) for entry in json_lines.read(path) if entry.get("loss") is not None)
 
 
 def _unigram_entropy(corpus: Path) -> float | None:
     try:
-        counts = [int(count) for count in durable.read_json(corpus / "index.json")["residue_counts"].values() if count]
-    except (OSError, ProttransError, KeyError, AttributeError):
+        return unigram_entropy(durable.read_json(corpus / INDEX)["residue_counts"])
+    except (OSError, ProttransError, KeyError, TypeError, AttributeError):
         return None
-    total = sum(counts)
-    return -sum(count / total * math.log(count / total) for count in counts) if total else None
 
 
 def running_mean(points: Points, width: int = SMOOTHING_STEPS) -> Points:
@@ -140,7 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         out = options.out or options.run_dir / "loss.png"
         curve = write_curve(RunDir(options.run_dir), out)
     except (ProttransError, OSError) as error:
-        print(f"error: {errors.explain(error)}", file=sys.stderr)
+        print(f"error: {terminal.printable_lines(errors.explain(error))}", file=sys.stderr)
         return errors.exit_code(error)
     print("\n".join([*summary(curve), f"loss curve       {out}"]))
     return errors.DONE

@@ -11,15 +11,14 @@ import os
 import platform
 import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import Mapping
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from .. import timestamp
 from ..comm import Comm
 from ..rank import RankContext
 
@@ -48,16 +47,6 @@ VARIABLES = (
     "SLURM_JOB_PARTITION",
     "SLURM_RESTART_COUNT",
 )
-
-
-def now() -> str:
-    """The time in UTC, ISO 8601, to the millisecond."""
-    return utc(time.time())
-
-
-def utc(epoch_s: float) -> str:
-    """A time in seconds of the epoch as UTC, ISO 8601, to the millisecond."""
-    return datetime.fromtimestamp(epoch_s, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 @functools.cache
@@ -94,7 +83,7 @@ def describe_start(comm: Comm, context: RankContext, *, start_id: str) -> dict[s
     if not context.is_main:  # looking up versions and hardware costs files and a process
         return None
     return {
-        "time": now(),
+        "time": timestamp.now(),
         "start_id": start_id,
         "command_line": sys.orig_argv,
         "git": git_commit(),

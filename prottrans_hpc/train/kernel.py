@@ -1,4 +1,4 @@
-"""The C kernels of the optimizers, or the news that they were not built: which tensors they take, and their addresses.
+"""The C kernels of the optimizers, or for LAMB the news that they were not built: which tensors they take, and their addresses.
 
 `_lamb` gets raw addresses, so everything that it assumes (fp32, on the CPU, contiguous, equal sizes) is checked here.
 """
@@ -20,12 +20,23 @@ log = logging.getLogger(__name__)
 
 @functools.cache
 def extension() -> ModuleType | None:
-    """The compiled module; None, said once, where it was not built."""
+    """The compiled module; None where it was not built."""
     try:
         return importlib.import_module("._lamb", __package__)
-    except ImportError as error:
-        log.warning("the C kernel of LAMB is not built (%s): the Python loop gives the same steps, several times slower on a CPU", error)
+    except ImportError:
         return None
+
+
+def can_update(tensors: Sequence[Tensor]) -> bool:
+    """`can_take` for an update of LAMB, which says once what a kernel that was not built costs. The norm of gradients is slower too, but little of a step."""
+    if extension() is None and tensors and tensors[0].device.type == "cpu":
+        _tell_missing()
+    return can_take(tensors)
+
+
+@functools.cache
+def _tell_missing() -> None:
+    log.warning("the C kernel of LAMB is not built: the Python loop gives the same steps, several times slower on a CPU")
 
 
 def can_take(tensors: Sequence[Tensor]) -> bool:

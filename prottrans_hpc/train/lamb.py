@@ -241,4 +241,4 @@ def choose(slots: list[Slot]) -> Callable[[list[Slot], Update], None]:
     if slots[0].parameter.device.type != "cpu":
         return UPDATES["foreach"]
     tensors = [tensor for s in slots for tensor in (s.parameter, gradient(s), s.exp_avg, s.exp_avg_sq)]
-    return UPDATES["kernel" if kernel.can_take(tensors) else "loop"]
+    return UPDATES["kernel" if kernel.can_update(tensors) else "loop"]

@@ -45,7 +45,7 @@ class Halves:
 def update_shards(slots: list[Slot], update: Update, sum_over_ranks: SumOverRanks) -> None:
     """One update; the gradients may be overwritten. Collective."""
     shards = [_own(slot) for slot in slots]
-    halves = HALVES["kernel" if kernel.can_take([tensor for column in _columns(shards) for tensor in column]) else "foreach"]
+    halves = HALVES["kernel" if kernel.can_update([tensor for column in _columns(shards) for tensor in column]) else "foreach"]
     squares = halves.renew_moments(shards, update)
     squares[[index for index, s in enumerate(shards) if not (s.adapts and s.counts)]] = 0.0
     halves.renew_parameters(shards, update, trust_ratios(sum_over_ranks(squares)))

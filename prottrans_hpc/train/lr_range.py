@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .. import durable
+from .. import durable, json_lines
 from ..errors import CheckpointError, missing_package
 from ..run_dir import RunDir, read_run
 from ..stage import Request
-from .curve import read_lines, running_mean
+from .curve import running_mean
 from .schedule import learning_rate
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def report(request: Request) -> None:
 
 def read_sweep(run_dir: RunDir) -> Sweep:
     """The sweep in a run directory. Raises CheckpointError when it has too few steps."""
-    lines, run = list(read_lines(run_dir.metrics)), read_run(run_dir)
+    lines, run = json_lines.read(run_dir.metrics), read_run(run_dir)
     rates, losses = [line["lr"] for line in lines], [line["loss"] for line in lines]
     if len(lines) < run.last_step:  # non-finite numbers end a sweep, before its step is recorded
         rates, losses = [*rates, learning_rate(run.recipe, len(lines))], [*losses, None]

@@ -15,39 +15,26 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .. import durable
+from .. import durable, json_lines, timestamp
+from ..json_lines import Record
 from ..run_dir import RunDir
-from . import environment
 
 _log = logging.getLogger(__name__)
 
-Record = Mapping[str, Any]
-
-
-def encode(record: Record) -> bytes:
-    """One line of JSON; a number that JSON does not have (NaN, infinity) becomes null."""
-    finite = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()}
-    return (json.dumps(finite, allow_nan=False) + "\n").encode()
-
 
 class JsonLines:
-    """A file that gains one line at a time, each with one write, so that a reader never meets half a line of a live run."""
+    """A file of a run that stays open and gains one line at a time, each with one write, so that a reader never meets half a line of a live run."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._descriptor = self._open()
 
     def _open(self) -> int:
-        return os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        return json_lines.open_file(self._path)
 
     def append(self, record: Record) -> None:
         """Add a line. An OSError names the file."""
-        content = encode(record)
-        try:
-            while content:
-                content = content[os.write(self._descriptor, content) :]
-        except OSError as error:
-            raise OSError(error.errno, os.strerror(error.errno or 0), str(self._path)) from error
+        json_lines.append_to(self._descriptor, self._path, record)
 
     def cut_back(self, step: int) -> int:
         """Drop the lines of later steps, and a last line that a kill left unfinished; returns how many were dropped."""
@@ -68,13 +55,13 @@ class JsonLines:
         lines = self._path.read_bytes().splitlines(keepends=True)
         lost = [json.loads(line) for line in lines if step < _step_of(line) < math.inf]
         seconds = sum(float(record.get("step_s") or 0.0) for record in lost)
-        last_step_at = environment.utc(os.fstat(self._descriptor).st_mtime) if lines else None
+        last_step_at = timestamp.utc(os.fstat(self._descriptor).st_mtime) if lines else None
         return {"steps_lost": len(lost), "lost_s": round(seconds, 3), "last_step_at": last_step_at}
 
     def last_step(self) -> int:
         """The step of the last line; 0 when there is none."""
-        lines = self._path.read_bytes().splitlines()
-        return int(_step_of(lines[-1] + b"\n")) if lines else 0
+        records = json_lines.read(self._path)
+        return int(records[-1]["step"]) if records else 0
 
     def close(self) -> None:
         """Close the file."""
@@ -152,7 +139,7 @@ class Records:
 
     def event(self, name: str, **details: Any) -> None:
         """A line of history.jsonl."""
-        self._history.append({"time": environment.now(), "event": name, **details})
+        self._history.append({"time": timestamp.now(), "event": name, **details})
 
     def close(self) -> None:
         """Close all files."""

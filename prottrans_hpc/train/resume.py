@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .. import config, recipe
+from .. import config, recipe, timestamp
 from ..comm import Comm
 from ..corpus.lanes import own_lanes
 from ..corpus.order import SamplePosition, position_from_json
@@ -45,7 +45,7 @@ def training_state(session: Session) -> dict[str, Any]:
         "samples": progress.samples,
         "position": progress.position.to_json(),
         "random_numbers": "none to save: all are functions of the seed, the step, the rank and the sample",
-        "time": environment.now(),
+        "time": timestamp.now(),
         "world_size": session.comm.world_size,
         "loss_scale": session.loss_scale.to_json() if session.loss_scale else None,
         "divergence": session.divergence.to_json(),

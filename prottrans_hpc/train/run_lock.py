@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import logging
 import os
 import time
 from collections.abc import Iterator
 
-from .. import terminal
+from .. import file_lock, terminal
 from ..errors import ResourceError
+from ..file_lock import Lock
 from ..rank import RankContext
 from ..run_dir import RunDir
 
 NAME = ".training.lock"
 _WAIT_S = 20.0
 """A start that was just killed may take a moment to be gone."""
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 _log = logging.getLogger(__name__)
 
 
@@ -40,17 +38,10 @@ def only_start(run_dir: RunDir, context: RankContext, *, wait_s: float = _WAIT_S
 
 def _take(descriptor: int, run_dir: RunDir, wait_s: float) -> None:
     deadline = time.monotonic() + wait_s
-    while True:
-        try:
-            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except OSError as error:
-            if error.errno in _NO_LOCKS:
-                _log.warning("the file system of %s has no locks: make sure yourself that this run is started once only", run_dir.path)
-                return
-            if error.errno not in (errno.EACCES, errno.EAGAIN):
-                raise
+    while (lock := file_lock.take(descriptor)) is Lock.BUSY:
         if time.monotonic() > deadline:
             holder = terminal.printable(os.pread(descriptor, 200, 0).strip()) or "a process that does not say who it is"
             raise ResourceError(f"{run_dir.path} is in use: {holder} is training there. Wait for it to end or stop it; a second one would destroy its work")
         time.sleep(0.1)
+    if lock is Lock.NO_LOCKS:
+        _log.warning("the file system of %s has no locks: make sure yourself that this run is started once only", run_dir.path)

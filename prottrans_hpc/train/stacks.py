@@ -9,8 +9,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from .. import timestamp
 from ..run_dir import RunDir
-from . import environment
 
 _LAST_COLLECTIVES = 8
 
@@ -22,7 +22,7 @@ def stacks_file(run_dir: RunDir, node: int) -> Path:
 
 def append_stacks(path: Path, heading: str) -> None:
     """Add the stacks of all threads of this process, and the last collectives that torch started, to a file; with one write, for ranks share it."""
-    text = f"=== {environment.now()} process {os.getpid()}: {heading}\n{_stacks()}{_collectives()}\n"
+    text = f"=== {timestamp.now()} process {os.getpid()}: {heading}\n{_stacks()}{_collectives()}\n"
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         os.write(descriptor, text.encode("utf-8", "backslashreplace"))

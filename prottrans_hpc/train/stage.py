@@ -11,7 +11,7 @@ from pathlib import Path
 
 from .. import durable, errors, log, rank
 from ..comm import Comm, open_comm
-from ..errors import RequeueRequested
+from ..errors import RequeueRequested, ResourceError
 from ..rank import RankContext
 from ..run_dir import Run, RunDir, read_run
 from ..stage import Request
@@ -34,9 +34,23 @@ def pretrain(request: Request) -> None:
     comm = open_comm(run.recipe.parallel, context, run_dir=run_dir.path)
     with only_start(run_dir, context):
         start_id = str(comm.broadcast_object(secrets.token_hex(6)))
-        with _history(run_dir, context) as records:
+        with _history(run_dir, context) as records, _memory_of(context):
             _start(run, run_dir, comm, context, start_id=start_id, records=records)
     comm.close()
+
+
+@contextlib.contextmanager
+def _memory_of(context: RankContext) -> Iterator[None]:
+    """Turn an allocation that failed into a ResourceError that says on which rank, and what takes less."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not errors.is_out_of_memory(error):
+            raise
+        raise ResourceError(
+            f"rank {context.rank} on {context.hostname} is {errors.explain(error)}. What takes less: --set loading.bin_residues with a smaller number, "
+            "--set memory.recompute_every=1, --set memory.lms_limit_gib=..., or more ranks; `prottrans memory` tells what each spares"
+        ) from error
 
 
 def _start(run: Run, run_dir: RunDir, comm: Comm, context: RankContext, *, start_id: str, records: Records | None) -> None:
@@ -79,12 +93,13 @@ def _go_on(session: Session, *, start_id: str, context: RankContext) -> None:
         comm.name,
     )
     with health.watched(session, context, start_id=start_id):
-        _run(session)
+        _run(session, context)
 
 
-def _run(session: Session) -> None:
+def _run(session: Session, context: RankContext) -> None:
     try:
-        train(session)
+        with _memory_of(context):
+            train(session)
     except BaseException as error:
         session.saver.abandon()
         cause = preemption.cause() if isinstance(error, RequeueRequested) else f"{type(error).__name__}: {errors.explain(error)}"

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import errors
+from .. import errors, json_lines, timestamp
 from ..run_dir import RunDir
-from . import environment
 
 _MAX_NAMED = 8
 
@@ -113,7 +110,7 @@ def record(sighting: Sighting, *, start_id: str, went_on: bool = False) -> dict[
 def event(hang: Hang) -> dict[str, Any]:
     """For the history."""
     return {
-        "time": environment.now(),
+        "time": timestamp.now(),
         "event": "hang",
         "step": hang.step,
         "collective": hang.collective,
@@ -127,14 +124,14 @@ def event(hang: Hang) -> dict[str, Any]:
 
 def stop(cause: str, *, step: int) -> dict[str, Any]:
     """For the history: the end of a rank that was alone, after so many steps."""
-    return {"time": environment.now(), "event": "stop", "step": step, "cause": cause, "exit_code": errors.REQUEUE, "world_size": 1}
+    return {"time": timestamp.now(), "event": "stop", "step": step, "cause": cause, "exit_code": errors.REQUEUE, "world_size": 1}
 
 
 def read_sightings(run_dir: RunDir, nodes: Sequence[int], *, start_id: str) -> dict[int, Sighting]:
     """The last word of every rank of this start that got nowhere and has not gone on since; what a rank says itself counts more."""
     found: dict[int, Sighting] = {}
     for node in nodes:
-        for line in _lines(sightings_file(run_dir, node)):
+        for line in json_lines.read(sightings_file(run_dir, node)):
             if line.pop("start", None) != start_id:
                 continue
             went_on, rank = line.pop("went_on"), int(line["rank"])
@@ -143,9 +140,3 @@ def read_sightings(run_dir: RunDir, nodes: Sequence[int], *, start_id: str) -> d
             elif int(line["position"]) >= 0 or rank not in found:
                 found[rank] = Sighting(**line)
     return found
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    with contextlib.suppress(FileNotFoundError):
-        return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1] if line.endswith(b"}")]
-    return []

@@ -15,6 +15,7 @@ a few times as long. Code that never gives up the interpreter's lock cannot be e
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import logging
 import os
@@ -22,15 +23,12 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
-from typing import Any
 
-from .. import errors
+from .. import errors, json_lines
 from ..run_dir import RunDir
 from ..whereabouts import HERE
 from . import stuck_ranks
-from .records import JsonLines
 from .stacks import append_stacks, process_state, stacks_file
 from .stragglers import Place
 from .stuck_ranks import Hang, Sighting
@@ -98,8 +96,8 @@ class Watchdog:
             while not self._rest():
                 if time.monotonic() - HERE.moved >= self._limits.speak_s:
                     self._watch_hang(HERE.moved)
-        except OSError as error:
-            _log.warning("nobody watches this rank any more: %s", error)
+        except Exception:  # a daemon thread would end without a word, and the hang with it
+            _log.warning("nobody watches this rank any more", exc_info=True)
         finally:
             faulthandler.cancel_dump_traceback_later()
 
@@ -140,7 +138,8 @@ class Watchdog:
         self._dump()
         cause = f"the only rank got nowhere for {awake_s:.0f} s, {stuck_ranks.where(self._own_sighting())}"
         _log.error("%s: it is ended, and the same command goes on from the last checkpoint", cause)
-        _append(self._run_dir.history, stuck_ranks.stop(cause, step=HERE.step - 1))
+        with contextlib.suppress(OSError):  # a full disk must not keep it
+            json_lines.append(self._run_dir.history, stuck_ranks.stop(cause, step=HERE.step - 1))
         os._exit(errors.REQUEUE)  # the main thread cannot be asked
 
     def _own_sighting(self) -> Sighting:
@@ -148,7 +147,7 @@ class Watchdog:
         return Sighting(self._rank, place.host, HERE.position, HERE.step, HERE.phase, HERE.is_patient, HERE.collective, HERE.waits)
 
     def _say(self, sighting: Sighting, *, went_on: bool = False) -> None:
-        _append(stuck_ranks.sightings_file(self._run_dir, self._node), stuck_ranks.record(sighting, start_id=self._start_id, went_on=went_on))
+        json_lines.append(stuck_ranks.sightings_file(self._run_dir, self._node), stuck_ranks.record(sighting, start_id=self._start_id, went_on=went_on))
 
     def _dump_if_computing(self) -> bool:
         """The stacks of a rank that should have moved long ago and waits for nobody. These deeds tell whether they are done."""
@@ -197,7 +196,7 @@ class Watchdog:
             return True
         ends = "The time-out of a collective ends the gang" if len(self._places) > 1 else "It is ended when the time-out is over"
         _log.warning("%s (for %.0f s). %s", hang.sentence, time.monotonic() - HERE.moved, ends)
-        _append(self._run_dir.history, stuck_ranks.event(hang))
+        json_lines.append(self._run_dir.history, stuck_ranks.event(hang))
         return True
 
     def _is_first(self, hang: Hang) -> bool:
@@ -208,12 +207,3 @@ class Watchdog:
         except FileExistsError:
             return False
         return True
-
-
-def _append(path: Path, record: dict[str, Any]) -> None:
-    """Add a line of JSON to a file that others write to as well."""
-    lines = JsonLines(path)
-    try:
-        lines.append(record)
-    finally:
-        lines.close()

@@ -15,7 +15,7 @@ from prottrans_hpc.corpus.fasta import read_records
 from prottrans_hpc.corpus.identity import BuildOptions
 from prottrans_hpc.corpus.index import Index
 from prottrans_hpc.corpus.pool import ThisProcess
-from prottrans_hpc.corpus.shard import map_shard
+from prottrans_hpc.corpus.shard import Shard, map_shard
 
 Records = list[tuple[bytes, bytes]]
 
@@ -72,8 +72,12 @@ def contents(index: Index) -> dict[str, Records]:
     found: dict[str, Records] = {}
     for name, split in index.splits.items():
         shards = [map_shard(index.shard_path(entry)) for entry in split.shards]
-        found[name] = [(shard.name(i), shard.sequence(i)) for shard in shards for i in range(len(shard.offsets) - 1)]
+        found[name] = [(shard.name(i), _sequence(shard, i)) for shard in shards for i in range(len(shard.offsets) - 1)]
     return found
+
+
+def _sequence(shard: Shard, i: int) -> bytes:
+    return shard.residues[int(shard.offsets[i]) : int(shard.offsets[i + 1])].tobytes()
 
 
 def folder_bytes(folder: Path) -> dict[str, bytes]:

@@ -27,6 +27,12 @@ _FASTA = st.lists(st.tuples(_HEADER, st.lists(_LINE, max_size=4)), min_size=1, m
 )
 
 
+def test_asking_which_loops_are_in_use_changes_nothing(each_kernel: str) -> None:
+    said = kernel.implementation()
+    assert kernel.implementation() == said
+    assert each_kernel == "C best" or said == {"C portable": "C (portable)", "Python": "Python"}[each_kernel]
+
+
 def everything(text: bytes, table: bytes, *, lines: bool, best: bool | None) -> tuple[list[list[int]], list[int]]:
     """All that a parser says of a text, block by block as it is used."""
     if best is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from prottrans_hpc import durable, errors
+from prottrans_hpc import durable, errors, file_lock
 from prottrans_hpc.corpus import node_disk
 from prottrans_hpc.corpus.checking import check_shard
 from prottrans_hpc.corpus.index import Index, read_index
@@ -270,7 +269,7 @@ def test_unused_corpora_make_room_and_used_ones_do_not(index, small_disk):
         other.mkdir()
         (other / "train-00000.h5").write_bytes(bytes(2_050_000))
     descriptor = node_disk.lock_file(used, "lock")
-    assert node_disk.try_lock(descriptor, fcntl.LOCK_SH)
+    assert file_lock.take(descriptor, shared=True) is file_lock.Lock.HELD
     try:
         stage(index, small_disk)
     finally:

@@ -164,10 +164,12 @@ def answer(monkeypatch: pytest.MonkeyPatch, function: Any) -> None:
         (errors.CheckpointError("none"), 66),
         (errors.ResourceError("no package"), 71),
         (OSError(28, "No space left on device", "/"), 73),
+        (OSError(116, "Stale file handle", "/"), 74),
         (errors.RequeueRequested("stopped"), 75),
         (errors.NumericsError("nan"), 76),
         (errors.IdentityError("other"), 78),
         (MemoryError(), 71),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes.\nframe #0: c10"), 71),
         (KeyboardInterrupt(), 130),
     ],
 )
@@ -207,7 +209,9 @@ def test_control_characters_never_reach_the_terminal_and_long_messages_stay_whol
     answer(monkeypatch, fail)
     assert cli.main(["export", "run", "--to", "hf", "dir"]) == 65
     told = capsys.readouterr().err
-    assert told.count("\n") == 1 and told.endswith(" end\n")
+    first, second = told.splitlines()
+    assert first.startswith("error: evil ") and first.endswith("\\r")
+    assert second.startswith("  fake line ") and second.endswith(" end"), "it is indented: it passes for no message of its own"
     assert not {"\x1b", "\x07", "\r", "\u202e"} & set(told)
 
 

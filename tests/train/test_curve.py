@@ -54,6 +54,9 @@ def test_a_running_run_may_end_in_half_a_line(a_run):
     with a_run.metrics.open("a") as file:
         file.write('{"step": 61, "lo')
     assert curve.read_curve(a_run).training[-1][0] == 60
+    with a_run.metrics.open("a") as file:
+        file.write('\n{"step": 61, "loss": 2.0}\n')  # the next start found the half, and went on behind it
+    assert curve.read_curve(a_run).training[-1] == (61, 2.0)
 
 
 def test_the_running_mean_is_centred():

@@ -216,3 +216,25 @@ def test_one_start_at_a_time(tmp_path, make_run, start_ranks):
     assert f"process {first.rank_pids()[0]} on" in second.errors.read_text()
     first.signal(15)
     first.end(75)
+
+
+@pytest.mark.parametrize("where", ["train", "open_session"])
+def test_memory_that_runs_out_ends_with_71_and_says_what_takes_less(tmp_path, make_run, start_ranks, history, where):
+    """An error of torch's own, for more than any address space holds."""
+    folder = make_run(tmp_path / "run", num_ranks=1)
+    hungry = tmp_path / "hungry.py"
+    hungry.write_text(
+        "import sys\nimport torch\nfrom prottrans_hpc import __main__\nfrom prottrans_hpc.train import stage\n"
+        f"stage.{where} = lambda *a, **k: torch.empty(2**60, dtype=torch.uint8)\n"
+        "sys.exit(__main__.main(['pretrain', sys.argv[1]]))\n"
+    )
+    ranks = start_ranks(folder, 1, main=hungry)
+    ranks.end(71)
+    said = ranks.errors.read_text()
+    assert "rank 0 on" in said
+    assert "is out of memory: " in said
+    assert "--set loading.bin_residues" in said
+    assert "frame #" not in said
+    assert "report it" not in said
+    if where == "train":
+        assert history(folder)[-1]["exit_code"] == 71

@@ -324,17 +324,20 @@ def test_a_parameter_that_is_not_contiguous_takes_the_same_steps():
     torch.testing.assert_close(transposed["w"], straight["w"], rtol=2e-6, atol=1e-7)
 
 
-def test_a_missing_kernel_is_said_once(monkeypatch, caplog):
+@pytest.mark.parametrize("settings", [LAMB, ADAMW])
+def test_a_missing_kernel_is_said_once_and_only_where_it_costs_time(monkeypatch, caplog, settings):
     monkeypatch.setitem(sys.modules, "prottrans_hpc.train._lamb", None)
     kernel.extension.cache_clear()
+    kernel._tell_missing.cache_clear()
     try:
         with caplog.at_level(logging.WARNING):
             parameters = make_parameters()
-            optimizer = optim.build_optimizer(parameters.items(), LAMB)
+            optimizer = optim.build_optimizer(parameters.items(), settings)
             for step in range(3):
                 set_gradients(parameters, step)
+                assert optim.measure_gradients(parameters.values(), scale=1.0, max_norm=1.0).is_finite
                 optimizer.step(1e-2)
-        assert [record.levelname for record in caplog.records if "not built" in record.getMessage()] == ["WARNING"]
+        assert [record.levelname for record in caplog.records if "not built" in record.getMessage()] == ["WARNING"] * (settings is LAMB)
     finally:
         kernel.extension.cache_clear()
 

@@ -98,6 +98,19 @@ def test_sightings_are_of_this_start_the_last_word_counts_and_going_on_takes_it_
     ]
     sightings_file(run_dir, 0).write_text("".join(json.dumps(word) + "\n" for word in words) + '{"start": "new", "went')
     assert read_sightings(run_dir, [0, 1], start_id="new") == {0: waits(0, 77)}
+    with sightings_file(run_dir, 0).open("a") as file:  # a line of another rank stands behind the half
+        file.write("}\n" + json.dumps(record(waits(2), start_id="new")) + "\n")
+    assert read_sightings(run_dir, [0, 1], start_id="new") == {0: waits(0, 77), 2: waits(2)}
+
+
+def test_a_watch_that_fails_says_so_and_the_rank_trains_on(tmp_path, monkeypatch, caplog) -> None:
+    (tmp_path / "logs").mkdir()
+    monkeypatch.setattr("prottrans_hpc.train.watchdog.HERE", whereabouts.Whereabouts("training", step=9))
+    monkeypatch.setattr(Watchdog, "_watch_hang", lambda self, since: [][0])
+    with Watchdog(RunDir(tmp_path), [Place("n1", 0, os.getpid())], 0, start_id="start", limits=Limits(0.0, 0.1, 0.3, 60.0)) as watchdog:
+        watchdog._thread.join(60)
+    assert "nobody watches this rank any more" in caplog.text
+    assert "IndexError" in caplog.text
 
 
 def wait_for_hang(gang: Any, folder: Path, ranks: list[int]) -> dict[str, Any]:
