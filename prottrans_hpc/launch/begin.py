@@ -39,6 +39,7 @@ def begin(scheduler: str, run_dir: RunDir, environment: Mapping[str, str]) -> st
     except SubmitError as error:
         job_events.note(run_dir, start, "refused", reason=str(error))
         raise RefusedError(str(error)) from error
+    chain.enrol(run_dir, start)
     try:
         return _decide(run_dir, start, taken)
     except (ProttransError, OSError) as error:

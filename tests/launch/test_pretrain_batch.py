@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from prottrans_hpc import config, run_dir
-from prottrans_hpc.launch import cli, follow
+from prottrans_hpc.launch import begin, cli, follow
 from prottrans_hpc.run_dir import RunDir
 
 Told = Callable[..., tuple[int, str, str]]
@@ -124,6 +127,25 @@ def test_a_job_is_submitted(tell: Told, tmp_path: Path) -> None:
     assert call.endswith(str(tmp_path / "run" / "job.sh"))
     run = run_dir.read_run(RunDir(tmp_path / "run"))
     assert (run.allocation.num_nodes, run.allocation.queue, run.allocation.walltime_min) == (2, "gpu", 1440)
+
+
+def test_a_job_whose_submission_was_interrupted_can_be_cancelled_once_it_begins(
+    tell: Told, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfdbinary: Any
+) -> None:
+    sbatch = tmp_path / "bin" / "sbatch"
+    sbatch.write_text(f"#!/bin/bash\nkill -INT $PPID\n{shutil.which('sleep', path=os.defpath)} 60\n")
+    code, _, err = tell(*CLUSTER)
+    assert code == 130 and "The job may be in the queue: look for run there" in err
+    (tmp_path / "bin" / "squeue").write_text("#!/bin/bash\necho '1001|RUNNING'\n")
+    scancel = tmp_path / "bin" / "scancel"
+    scancel.write_text(f"#!/bin/bash\necho scancel $* >> {tmp_path / 'calls'}\n")
+    scancel.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.defpath}")
+    assert begin.begin("slurm", RunDir(tmp_path / "run"), {"SLURM_JOB_ID": "1001", "SLURM_JOB_NODELIST": "n1"}) == begin.GO
+    assert cli.main(["runs", "list", "--runs", ".", "--json"]) == 0 and cli.main(["runs", "cancel", "run", "--runs", "."]) == 0
+    listed, _, cancelled = capfdbinary.readouterr().out.decode().rpartition("]\n")
+    assert json.loads(f"{listed}]")[0]["state"] == "running"
+    assert cancelled == "job 1001: asked to save and stop\n" and "1001" in calls(tmp_path)[-1]
 
 
 def test_a_chain_is_submitted(tell: Told, tmp_path: Path) -> None:
