@@ -206,6 +206,8 @@ class Run:
     """None: the starting weights are drawn from the recipe's seed."""
     preflight: Preflight | None = None
     """None: jobs train at once."""
+    command_line: str | None = None
+    """The command of the latest start, as a shell takes it; history.jsonl has those of all."""
 
     @property
     def last_step(self) -> int:
@@ -282,6 +284,7 @@ def parse_run(values: Any, *, source: str) -> Run:
             stop_after_step=None if values["stop_after_step"] is None else int(values["stop_after_step"]),
             init=None if values.get("init") is None else config.parse(Init, values["init"], source=source),
             preflight=None if values.get("preflight") is None else config.parse(Preflight, values["preflight"], source=source),
+            command_line=None if values.get("command_line") is None else str(values["command_line"]),
         )
     except KeyError as error:
         raise ConfigError(f"{source} lacks the key {error.args[0]!r}") from error

@@ -16,6 +16,7 @@ from . import checks, exclusion, follow, gang, placement, planner, preflight_not
 from .demand import Demand
 from .gang import Plan
 from .job import num_ranks_text
+from .options import command_line
 from .run_facts import RunFacts
 from .run_state import Verdict
 from .verbs.pretrain import RANK_FLAGS, conclude
@@ -108,6 +109,7 @@ def plan_again(facts: RunFacts, changes: Changes) -> Plan:
         account,
         num_jobs=1 if machine.scheduler == "local" else changes.num_jobs or before,
         preflight=preflight,
+        command_line=command_line(),
     )
 
 

@@ -39,6 +39,8 @@ class Order:
     excluded: tuple[str, ...] = ()
     flags: tuple[str, ...] = ()
     """For the ranks."""
+    command_line: str | None = None
+    """What a person typed."""
 
 
 def with_what_is_there(order: Order) -> Order:
@@ -71,7 +73,8 @@ def plan_of(order: Order, point: StudyPoint, directory: RunDir) -> Plan:
     seen = prospect.look_ahead(recipe, order.machine, demand, corpus=order.corpus, keeps_bins=order.keeps_bins)
     without = exclusion.leave_out(order.machine, seen.allocation, order.excluded, directory)
     allocation = placement.name_nodes(order.machine, without, required=False)
-    return Plan(seen.recipe, order.study.recipe_name, order.corpus, order.machine, allocation, None, directory, order.flags, order.account)
+    plan = Plan(seen.recipe, order.study.recipe_name, order.corpus, order.machine, allocation, None, directory, order.flags, order.account)
+    return replace(plan, command_line=order.command_line)
 
 
 def remarks(order: Order) -> list[str]:

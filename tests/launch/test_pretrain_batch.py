@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from prottrans_hpc import config, run_dir
-from prottrans_hpc.launch import begin, cli, follow
+from prottrans_hpc.launch import begin, cli, follow, job_events
 from prottrans_hpc.run_dir import RunDir
 
 Told = Callable[..., tuple[int, str, str]]
@@ -121,12 +121,15 @@ def test_what_cannot_work_is_refused_before_anything_is_queued(
 
 
 def test_a_job_is_submitted(tell: Told, tmp_path: Path) -> None:
-    code, out, err = tell(*CLUSTER, "--nodes", "2")
+    code, out, err = tell(*CLUSTER, "--nodes", "2", "--set", "description=two words")
     assert (code, out) == (0, "") and "job 42" in err and "embed" not in err, "it has been submitted, not done"
     (call,) = calls(tmp_path)
     assert call.endswith(str(tmp_path / "run" / "job.sh"))
+    (submitted,) = job_events.read_events(RunDir(tmp_path / "run"))
     run = run_dir.read_run(RunDir(tmp_path / "run"))
     assert (run.allocation.num_nodes, run.allocation.queue, run.allocation.walltime_min) == (2, "gpu", 1440)
+    typed = "prottrans pretrain tiny_prot_bert --corpus corpus --machine slurm_cluster --run-dir run --nodes 2 --set 'description=two words'"
+    assert run.command_line == submitted["command_line"] == typed
 
 
 def test_a_job_whose_submission_was_interrupted_can_be_cancelled_once_it_begins(

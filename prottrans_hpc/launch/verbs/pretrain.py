@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,7 +11,7 @@ import click
 
 from ... import errors, terminal
 from ..demand import AUTO, Demand, time_text
-from ..options import account, as_minutes, examples, exclude, machine_option, path_option, preflight, settings, size, verbosity
+from ..options import account, as_minutes, command_line, examples, exclude, machine_option, path_option, preflight, settings, size, verbosity
 
 if TYPE_CHECKING:
     from ...recipe import Recipe
@@ -178,7 +178,8 @@ def _plan(choices: _Choices) -> Plan:
     flags = RANK_FLAGS[terminal.verbosity()]
     allocation = placement.name_nodes(machine, without, required=not choices.dry_run)
     num_jobs = _num_jobs(choices, seen)
-    return gang.Plan(seen.recipe, name, facts, machine, allocation, choices.steps, run_dir, flags, choices.account, num_jobs, init, after, measured)
+    plan = gang.Plan(seen.recipe, name, facts, machine, allocation, choices.steps, run_dir, flags, choices.account, num_jobs, init, after, measured)
+    return replace(plan, command_line=command_line())
 
 
 def _init(choices: _Choices, recipe: Recipe, *, waits: bool) -> Init | None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ... import errors, terminal
-from ..options import account, as_minutes, examples, exclude, machine_option, path_option, run_here, settings, verbosity
+from ..options import account, as_minutes, command_line, examples, exclude, machine_option, path_option, run_here, settings, verbosity
 
 if TYPE_CHECKING:
     from ..scale import Order, Standing
@@ -119,6 +119,7 @@ def _order(choices: _Choices) -> Order:
         choices.account,
         choices.excluded or (),
         RANK_FLAGS[terminal.verbosity()],
+        command_line(),
     )
     if choices.one_job:
         scale.check_one_job(order)
