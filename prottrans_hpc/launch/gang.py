@@ -109,14 +109,14 @@ def existing_run(plan: Plan) -> Run | None:
 
 
 def describe(plan: Plan, run: Run | None) -> str:
-    """Whether the directory is new, or what is in it already."""
+    """Whether the directory is new, or what is in it already; whether a checkpoint can be taken is for the ranks to say."""
     if run is None:
         return f"new, with the weights of {plan.init.asked}" if plan.init else "new"
     steps = plan.run_dir.checkpoint_steps()
     end = min(plan.recipe.num_steps, plan.stop_after_step or plan.recipe.num_steps)
     if not steps:
         return "starts again: it has no checkpoint yet"
-    return f"resumes at step {steps[-1]} of {end}" if steps[-1] < end else f"has step {steps[-1]} of {end} already"
+    return f"newest checkpoint: step {steps[-1]} of {end}"
 
 
 def carry_out(plan: Plan, *, detach: bool) -> int:

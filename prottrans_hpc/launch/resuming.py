@@ -55,7 +55,7 @@ def resume(facts: RunFacts, verdict: Verdict, changes: Changes, *, as_json: bool
         sys.stdout.buffer.write(plan.script)
         return errors.DONE
     check_can_resume(facts, verdict, plan)
-    terminal.note(f"{gang.describe(plan, facts.run)} on {plan.machine.name}, {num_ranks_text(plan.allocation)}")
+    terminal.note(f"resuming on {plan.machine.name}, {num_ranks_text(plan.allocation)} ({gang.describe(plan, facts.run)})")
     log_from = follow.log_size(facts.run_dir)
     code = gang.carry_out(plan, detach=changes.detach or changes.follows)
     jobs = run_dir.read_jobs(facts.run_dir)
