@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from prottrans_hpc import config, run_dir
-from prottrans_hpc.launch import begin, cli, follow, job_events
+from prottrans_hpc.launch import begin, cli, follow, job_events, lr_range
 from prottrans_hpc.run_dir import RunDir
 
 Told = Callable[..., tuple[int, str, str]]
@@ -185,6 +185,28 @@ def test_a_job_is_followed_to_its_end(code: int, words: str, tell: Told, monkeyp
     ended, _, err = tell(*CLUSTER, "--follow")
     assert ended == code and words in err
     assert ("embed" in err) == (code == 0) and seen == [(tmp_path / "run", ("42",), 0)]
+
+
+@pytest.mark.parametrize(
+    ("code", "ended", "found", "words"),
+    [
+        (0, 0, True, ""),
+        (76, 0, True, ""),
+        (75, 75, False, "the sweep ended with exit code 75; the same command goes on with it"),
+        (130, 130, False, "when the job has ended, the same command prints what it found"),
+    ],
+)
+def test_a_followed_sweep_tells_of_itself_alone(
+    code: int, ended: int, found: bool, words: str, tell: Told, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It may diverge, and goes on when only the following was ended."""
+    stages = []
+    monkeypatch.setattr(follow, "follow", lambda directory, job_ids, *, log_from=None: code)
+    monkeypatch.setattr(lr_range, "run_stage", lambda name, request: stages.append((name, request)))
+    got, _, err = tell(*CLUSTER, "--lr-range", "--follow")
+    assert got == ended and words in err
+    assert stages == ([("lr-range", {"run_dir": str(tmp_path / "run")})] if found else [])
+    assert ("warning" in err) == (code == 75) and "diverged" not in err and "embed" not in err
 
 
 def test_without_a_scheduler_only_dry_runs_work(tell: Told, tmp_path: Path) -> None:

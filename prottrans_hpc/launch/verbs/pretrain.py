@@ -118,10 +118,10 @@ def pretrain(**given: Any) -> int:
         return errors.DONE
     if choices.lr_range is not None:
         return _sweep(plan, follow=choices.follow)
-    if plan.machine.scheduler != "local":
-        return _submit(plan, follow=choices.follow)
-    code = gang.carry_out(plan, detach=choices.detach)
-    if not choices.detach:
+    is_local = plan.machine.scheduler == "local"
+    code = gang.carry_out(plan, detach=choices.detach) if is_local else _submit(plan, follow=choices.follow)
+    is_over = not choices.detach if is_local else choices.follow and code != errors.INTERRUPTED
+    if is_over:
         conclude(plan, code)
     return code
 
@@ -135,7 +135,7 @@ def _sweep(plan: Plan, *, follow: bool) -> int:
     if plan.machine.scheduler == "local":
         return lr_range.conclude(plan, gang.carry_out(plan, detach=False))
     code = _submit(plan, follow=follow)
-    if follow:
+    if follow and code != errors.INTERRUPTED:
         return lr_range.conclude(plan, code)
     terminal.note("when the job has ended, the same command prints what it found")
     return code
@@ -210,7 +210,7 @@ def _num_jobs(choices: _Choices, seen: Prospect) -> int:
 
 
 def _submit(plan: Plan, *, follow: bool) -> int:
-    """Submit to the batch system; with `follow` wait for the end and give the job's exit code."""
+    """Submit to the batch system; with `follow` wait for the end and give the job's exit code, or 130 when Ctrl-C ended the following."""
     from ... import run_dir
     from .. import gang
 
@@ -222,10 +222,7 @@ def _submit(plan: Plan, *, follow: bool) -> int:
     log_from = log_size(plan.run_dir)
     gang.carry_out(plan, detach=True)
     jobs = run_dir.read_jobs(plan.run_dir)
-    code = follow_log(plan.run_dir, jobs.job_ids if jobs else (), log_from=log_from)
-    if code != errors.INTERRUPTED:
-        conclude(plan, code)
-    return code
+    return follow_log(plan.run_dir, jobs.job_ids if jobs else (), log_from=log_from)
 
 
 def _introduce(plan: Plan, state: str) -> None:
