@@ -89,7 +89,6 @@ def test_dry_runs_of_slurm_machines(machine: str, arguments: tuple[str, ...], li
 
 
 WRONG = [
-    (("--machine", "summit", "--racks", "1"), "--account PROJECT"),
     ((*SUMMIT,), "--racks R (1 to 256"),
     ((*SUMMIT, "--nodes", "930"), "51 racks = 918 nodes or 52 racks = 936 nodes"),
     ((*SUMMIT, "--racks", "51", "--walltime", "24:00"), "52 racks = 936 nodes, the smallest size"),
@@ -118,6 +117,21 @@ def test_what_cannot_work_is_refused_before_anything_is_queued(
     code, out, err = tell(*arguments, *dry)
     assert (code, out) == (64, "") and words in err, err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bin", "corpus"], "a refused command leaves nothing behind"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [(("--corpus", "corpus", "--machine", "summit", "--racks", "1"), "--account PROJECT"), ((*SUMMIT, "--racks", "1"), "--corpus names what to train on")],
+)
+def test_a_dry_run_alone_goes_without_corpus_and_account(arguments: tuple[str, ...], words: str, tell: Told, tmp_path: Path, capfdbinary: Any) -> None:
+    assert cli.main(["pretrain", "tiny_prot_bert", *arguments]) == 64
+    assert words in capfdbinary.readouterr().err.decode() and calls(tmp_path) == [] and not (tmp_path / "runs").exists()
+    assert cli.main(["pretrain", "tiny_prot_bert", *arguments, "--dry-run"]) == 0
+    said = capfdbinary.readouterr()
+    account = "ABC123" if "--account" in arguments else "ACCOUNT"
+    assert f"\n#BSUB -P {account}\n" in said.out.decode()
+    notes = said.err.decode()
+    assert ("ACCOUNT stands for the --account" in notes) == (account == "ACCOUNT") != ("CORPUS stands for it" in notes)
 
 
 def test_a_job_is_submitted(tell: Told, tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ _EXAMPLES = examples(
     "prottrans pretrain tiny_prot_bert --corpus corpus --nodes 2 --steps 100 --run-dir runs/first",
     "prottrans pretrain my_recipe.toml --corpus corpus --set optimizer.learning_rate=2e-3 --set phases.0.steps=500",
     "prottrans pretrain tiny_prot_bert --corpus corpus --dry-run > job.sh",
+    "prottrans pretrain prot_bert --machine summit --racks 4 --dry-run",
     "prottrans pretrain tiny_prot_bert --corpus corpus --lr-range 1e-4:1 --steps 100",
     "prottrans pretrain prot_bert_bfd --corpus bfd --machine summit --racks 52 --account ABC123 --chain 2 --dry-run",
     "prottrans pretrain prot_bert_bfd --corpus bfd --machine my_cluster.toml --nodes 64 --preflight comm",
@@ -39,7 +40,7 @@ class _Choices:
     """The command line."""
 
     recipe: str
-    corpus: Path
+    corpus: Path | None
     machine: str
     demand: Demand
     account: str | None
@@ -72,7 +73,7 @@ def _as_chain(ctx: click.Context, param: click.Parameter, value: str | None) -> 
 
 @click.command(epilog=_EXAMPLES)
 @click.argument("recipe", metavar="RECIPE")
-@path_option("--corpus", metavar="CORPUS", required=True, help="A folder that `prottrans preprocess` wrote.")
+@path_option("--corpus", metavar="CORPUS", help="A folder that `prottrans preprocess` wrote; only --dry-run goes without.")
 @machine_option
 @size
 @account
@@ -147,7 +148,7 @@ def _plan(choices: _Choices) -> Plan:
     from ...machine import read_machine
     from ...recipe import read_recipe
     from ...run_dir import RunDir
-    from .. import ancestor, checks, epochs, exclusion, gang, lr_range, placement, planner, preflight_notes, prospect
+    from .. import ancestor, checks, dry_run, epochs, exclusion, gang, lr_range, placement, planner, preflight_notes, prospect
 
     recipe, machine = read_recipe(choices.recipe, choices.settings), read_machine(choices.machine)
     name = gang.usable_name(choices.recipe)
@@ -158,11 +159,12 @@ def _plan(choices: _Choices) -> Plan:
         raise errors.ConfigError(
             f"--steps {choices.steps} is more than the recipe's {recipe.num_steps}: lengthen a phase, as in --set phases.0.steps={choices.steps}"
         )
-    planner.check_account(machine, choices.account)
-    facts = checks.read_corpus_facts(choices.corpus, must_exist=not choices.dry_run)
+    account = dry_run.account_of(machine, choices.account, dry_run=choices.dry_run)
+    corpus = dry_run.corpus_of(choices.corpus, dry_run=choices.dry_run)
+    facts = checks.read_corpus_facts(corpus, must_exist=not choices.dry_run)
     after = ancestor.job_before(choices.after, machine)
     init = _init(choices, recipe, waits=after is not None)
-    run_dir = RunDir((choices.run_dir or gang.default_run_dir(recipe, name, choices.corpus, init)).resolve())
+    run_dir = RunDir((choices.run_dir or gang.default_run_dir(recipe, name, corpus, init)).resolve())
     config.check_name(run_dir.path.name, what="the name of the run directory")
     done = max(run_dir.checkpoint_steps(), default=0) if machine.scheduler != "local" else 0
     if facts.sha256:  # after the name was made: the same command finds its run again, whatever the steps come to
@@ -178,7 +180,7 @@ def _plan(choices: _Choices) -> Plan:
     flags = RANK_FLAGS[terminal.verbosity()]
     allocation = placement.name_nodes(machine, without, required=not choices.dry_run)
     num_jobs = _num_jobs(choices, seen)
-    plan = gang.Plan(seen.recipe, name, facts, machine, allocation, choices.steps, run_dir, flags, choices.account, num_jobs, init, after, measured)
+    plan = gang.Plan(seen.recipe, name, facts, machine, allocation, choices.steps, run_dir, flags, account, num_jobs, init, after, measured)
     return replace(plan, command_line=command_line())
 
 
