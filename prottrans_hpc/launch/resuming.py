@@ -12,14 +12,13 @@ from .. import errors, run_dir, terminal
 from ..errors import ConfigError, SubmitError
 from ..machine import Allocation, Machine, read_machine
 from ..run_dir import Preflight
-from . import checks, exclusion, follow, gang, placement, planner, preflight_notes
+from . import checks, conclusion, exclusion, follow, gang, placement, planner, preflight_notes
 from .demand import Demand
 from .gang import Plan
 from .job import num_ranks_text
 from .options import command_line
 from .run_facts import RunFacts
 from .run_state import Verdict
-from .verbs.pretrain import RANK_FLAGS, conclude
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ def resume(facts: RunFacts, verdict: Verdict, changes: Changes, *, as_json: bool
     if changes.follows and jobs is not None:
         code = follow.follow(facts.run_dir, jobs.job_ids, log_from=log_from)
     if code != errors.INTERRUPTED and (changes.follows or not (changes.detach or plan.machine.scheduler != "local")):
-        conclude(plan, code)
+        conclusion.conclude(facts.run_dir, code)
     return code
 
 
@@ -105,7 +104,7 @@ def plan_again(facts: RunFacts, changes: Changes) -> Plan:
         placement.name_nodes(machine, allocation, required=not changes.dry_run),
         changes.steps if changes.steps is not None else run.stop_after_step,
         facts.run_dir,
-        RANK_FLAGS[terminal.verbosity()],
+        terminal.flags(),
         account,
         num_jobs=1 if machine.scheduler == "local" else changes.num_jobs or before,
         preflight=preflight,

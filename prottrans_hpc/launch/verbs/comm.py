@@ -101,7 +101,6 @@ def _plan(choices: _Choices) -> CommPlan:
     from ...run_dir import RunDir
     from .. import comm_job, dry_run, placement, planner
     from ..job import num_ranks_text
-    from .pretrain import RANK_FLAGS
 
     machine = read_machine(choices.machine)
     account = dry_run.account_of(machine, choices.account, dry_run=choices.dry_run)
@@ -110,6 +109,6 @@ def _plan(choices: _Choices) -> CommPlan:
     config.check_name(out.path.name, what="the name of the folder")
     names = ("backends", "repetitions", "limit_s", "timeout_s", "gate", "seed")
     request = {"machine": machine.name, "max_bytes": choices.max_mib << 20, **{name: getattr(choices, name) for name in names}}
-    plan = comm_job.CommPlan(machine, allocation, out, request, RANK_FLAGS[terminal.verbosity()], account)
+    plan = comm_job.CommPlan(machine, allocation, out, request, terminal.flags(), account)
     terminal.note(f"machine: {machine.name}, {num_ranks_text(allocation)}; back ends {', '.join(choices.backends)}; results in {out.path}")
     return plan

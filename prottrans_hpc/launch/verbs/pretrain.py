@@ -31,9 +31,6 @@ _EXAMPLES = examples(
     "prottrans pretrain prot_t5_xl_u50 --corpus uniref50 --machine my_cluster.toml --racks 2 --init runs/bfd --after runs/bfd",
 )
 
-RANK_FLAGS: dict[int, tuple[str, ...]] = {terminal.QUIET: ("--quiet",), terminal.NORMAL: (), terminal.VERBOSE: ("--verbose",)}
-"""How much rank 0 says, by how much this command does."""
-
 
 @dataclass(frozen=True)
 class _Choices:
@@ -106,6 +103,7 @@ def pretrain(**given: Any) -> int:
     On a machine with a batch system the job is submitted; `prottrans plan` says what it asks for, and why.
     """
     from .. import gang
+    from ..conclusion import conclude
 
     choices = _Choices(**given)
     if choices.follow and choices.detach:
@@ -123,7 +121,7 @@ def pretrain(**given: Any) -> int:
     code = gang.carry_out(plan, detach=choices.detach) if is_local else _submit(plan, follow=choices.follow)
     is_over = not choices.detach if is_local else choices.follow and code != errors.INTERRUPTED
     if is_over:
-        conclude(plan, code)
+        conclude(plan.run_dir, code)
     return code
 
 
@@ -177,10 +175,9 @@ def _plan(choices: _Choices) -> Plan:
     later = (*exclusion.remarks(without), *preflight_notes.remarks(measured, without))
     for remark in (*checks.remarks(recipe, facts), *seen.notes, *planner.remarks(recipe, machine, without), *later):
         terminal.note(f"note: {remark}")
-    flags = RANK_FLAGS[terminal.verbosity()]
     allocation = placement.name_nodes(machine, without, required=not choices.dry_run)
     num_jobs = _num_jobs(choices, seen)
-    plan = gang.Plan(seen.recipe, name, facts, machine, allocation, choices.steps, run_dir, flags, account, num_jobs, init, after, measured)
+    plan = gang.Plan(seen.recipe, name, facts, machine, allocation, choices.steps, run_dir, terminal.flags(), account, num_jobs, init, after, measured)
     return replace(plan, command_line=command_line())
 
 
@@ -240,18 +237,3 @@ def _introduce(plan: Plan, state: str) -> None:
         racks = f"{allocation.num_racks} whole {'rack' if allocation.num_racks == 1 else 'racks'}, " if allocation.num_racks else ""
         terminal.note(f"job: {racks}queue {allocation.queue}, walltime {time_text(allocation.walltime_min)}{jobs}")
     terminal.note(f"run directory: {plan.run_dir.path} ({state})")
-
-
-def conclude(plan: Plan, code: int) -> None:
-    """What the exit code means and what to do next."""
-    from .. import preflight_notes
-
-    path = plan.run_dir.path
-    if code == errors.DONE:
-        terminal.note(f"done: embed with `prottrans embed {path} PROTEINS.fasta --out FILE.h5`, export with `prottrans export {path} --to hf DIR`")
-    elif code == errors.REQUEUE:
-        if not plan.run_dir.checkpoint_steps():  # else rank 0 has told where the run goes on
-            terminal.note(f"stopped before the first checkpoint: the same command starts again (exit code {code})")
-    else:
-        meaning = preflight_notes.closed(plan.run_dir, code) or errors.MEANING.get(code, f"killed by signal {code - 128}" if code > 128 else "see the log")
-        terminal.warn(f"the job ended with exit code {code}: {meaning}. Logs: {plan.run_dir.node_log(0).parent}")

@@ -97,7 +97,6 @@ def _order(choices: _Choices) -> Order:
     from ...recipe import read_recipe
     from ...scaling_study import Mode, Study, StudyDir
     from .. import checks, dry_run, gang, scale
-    from .pretrain import RANK_FLAGS
 
     if choices.recipe is None or choices.corpus is None or choices.nodes is None:
         raise click.UsageError("RECIPE, --corpus and --nodes say what is to be measured; with --report-only alone they may be left out")
@@ -118,7 +117,7 @@ def _order(choices: _Choices) -> Order:
         choices.queue,
         account,
         choices.excluded or (),
-        RANK_FLAGS[terminal.verbosity()],
+        terminal.flags(),
         command_line(),
     )
     if choices.one_job:
