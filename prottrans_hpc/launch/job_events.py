@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import json
 import os
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from ..run_dir import RunDir
@@ -64,6 +65,11 @@ def read_events(run_dir: RunDir) -> list[Event]:
     except FileNotFoundError:
         return []
     return [event for event in map(_parse, lines) if event]
+
+
+def num_begun(events: Sequence[Event], job_id: str) -> int:
+    """How often a job has begun."""
+    return sum(event["event"] == "begun" and event["job_id"] == job_id for event in events)
 
 
 def _parse(line: bytes) -> Event:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from .. import errors
 from ..errors import SubmitError
 from ..run_dir import RunDir
-from ..terminal import printable
+from ..terminal import printable, warn
 from .job_state import State
 from .own_job import VITALS
 from .schedulers import SCHEDULERS, Scheduler
@@ -107,11 +107,16 @@ def is_being_preempted(scheduler: str, job_id: str, *, timeout_s: float) -> bool
 
 
 def lost_nodes(scheduler: str, nodes: Sequence[str], *, timeout_s: float) -> list[str]:
-    """Those nodes that the scheduler knows to be down; [] for one that cannot be asked. Raises SubmitError."""
+    """Those nodes that the scheduler knows to be down; [] for one that cannot be asked, or does not answer, of which it warns."""
     vitals = VITALS[scheduler]
     if vitals.lost_nodes_argv is None or not nodes:
         return []
-    return vitals.parse_lost_nodes(_call(vitals.lost_nodes_argv(nodes), "tell the states of nodes", SCHEDULERS[scheduler], timeout_s=timeout_s))
+    try:
+        said = _call(vitals.lost_nodes_argv(nodes), "tell the states of nodes", SCHEDULERS[scheduler], timeout_s=timeout_s)
+    except SubmitError as error:
+        warn(str(error))
+        return []
+    return vitals.parse_lost_nodes(said)
 
 
 def requeue(scheduler: str, job_id: str, *, timeout_s: float) -> None:
