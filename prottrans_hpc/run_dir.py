@@ -5,6 +5,7 @@ A run directory is made by the launch side and read by the ranks; `run.json` is 
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import secrets
@@ -19,6 +20,7 @@ from .machine import Allocation, Machine
 from .recipe import Recipe, recipe_from_json
 
 FORMAT = 1
+STOP_FILE_PREFIX = ".stop-"
 _CHECKPOINT = re.compile(r"step-(\d{8,})")
 
 
@@ -87,6 +89,10 @@ class RunDir:
     def job_log(self) -> Path:
         """What the job script and rank 0 print when they have no terminal."""
         return self.path / "logs" / "job.log"
+
+    def stop_file(self, nonce: str) -> Path:
+        """Asks the ranks of one start to save and stop; its name does not give their nonce away. The job script makes the same one."""
+        return self.path / f"{STOP_FILE_PREFIX}{hashlib.sha256(nonce.encode()).hexdigest()[:16]}"
 
     @property
     def lock(self) -> Path:
