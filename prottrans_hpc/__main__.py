@@ -22,17 +22,16 @@ from .stage import run_stage
 _STAGES = ("pretrain", "preflight", "comm")
 """What the ranks of a gang run."""
 _USAGE = f"usage: python -m prottrans_hpc {'|'.join(_STAGES)} RUN_DIR [--quiet | --verbose]"
-_VERBOSITY = {"--quiet": terminal.QUIET, "--verbose": terminal.VERBOSE}
 _log = logging.getLogger("prottrans_hpc")
 
 
 def main(arguments: list[str]) -> int:
     """Run the stage and return the exit code; every error is told once, to the log when there is one."""
-    if not 2 <= len(arguments) <= 3 or arguments[0] not in _STAGES or arguments[2:] not in ([], *([flag] for flag in _VERBOSITY)):
+    if not 2 <= len(arguments) <= 3 or arguments[0] not in _STAGES or arguments[2:] not in ([], *([flag] for flag in terminal.LEVELS)):
         print(_USAGE, file=sys.stderr)
         return errors.USAGE
     for flag in arguments[2:]:
-        terminal.set_verbosity(_VERBOSITY[flag])
+        terminal.set_verbosity(terminal.LEVELS[flag])
     try:
         if "PROTTRANS_NONCE" in os.environ and rank.detect(os.environ).is_main:
             preemption.watch(arguments[1], os.environ["PROTTRANS_NONCE"])

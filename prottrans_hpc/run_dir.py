@@ -5,6 +5,7 @@ A run directory is made by the launch side and read by the ranks; `run.json` is 
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import secrets
@@ -19,6 +20,7 @@ from .machine import Allocation, Machine
 from .recipe import Recipe, recipe_from_json
 
 FORMAT = 1
+STOP_FILE_PREFIX = ".stop-"
 _CHECKPOINT = re.compile(r"step-(\d{8,})")
 
 
@@ -87,6 +89,10 @@ class RunDir:
     def job_log(self) -> Path:
         """What the job script and rank 0 print when they have no terminal."""
         return self.path / "logs" / "job.log"
+
+    def stop_file(self, nonce: str) -> Path:
+        """Asks the ranks of one start to save and stop; its name does not give their nonce away. The job script makes the same one."""
+        return self.path / f"{STOP_FILE_PREFIX}{hashlib.sha256(nonce.encode()).hexdigest()[:16]}"
 
     @property
     def lock(self) -> Path:
@@ -206,6 +212,8 @@ class Run:
     """None: the starting weights are drawn from the recipe's seed."""
     preflight: Preflight | None = None
     """None: jobs train at once."""
+    command_line: str | None = None
+    """The command of the latest start, as a shell takes it; history.jsonl has those of all."""
 
     @property
     def last_step(self) -> int:
@@ -282,6 +290,7 @@ def parse_run(values: Any, *, source: str) -> Run:
             stop_after_step=None if values["stop_after_step"] is None else int(values["stop_after_step"]),
             init=None if values.get("init") is None else config.parse(Init, values["init"], source=source),
             preflight=None if values.get("preflight") is None else config.parse(Preflight, values["preflight"], source=source),
+            command_line=None if values.get("command_line") is None else str(values["command_line"]),
         )
     except KeyError as error:
         raise ConfigError(f"{source} lacks the key {error.args[0]!r}") from error

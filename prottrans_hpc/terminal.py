@@ -13,6 +13,9 @@ import unicodedata
 from collections.abc import Callable, Iterator
 
 QUIET, NORMAL, VERBOSE = 0, 1, 2
+FLAGS: dict[int, tuple[str, ...]] = {QUIET: ("--quiet",), NORMAL: (), VERBOSE: ("--verbose",)}
+"""How a level is said on the command line of a process that is started."""
+LEVELS = {flag: level for level, flags in FLAGS.items() for flag in flags}
 _PLAIN_LINE_EVERY_S = 10.0
 _LONGEST_LINE = 4000
 _state = {"verbosity": NORMAL}
@@ -26,6 +29,11 @@ def set_verbosity(level: int) -> None:
 def verbosity() -> int:
     """The level that `set_verbosity` chose."""
     return _state["verbosity"]
+
+
+def flags() -> tuple[str, ...]:
+    """What makes a process that is started say as much as this one."""
+    return FLAGS[verbosity()]
 
 
 def printable(text: str | bytes, limit: int = 200) -> str:

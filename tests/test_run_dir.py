@@ -30,7 +30,7 @@ def a_run(**changes) -> run_dir.Run:
 
 def test_run_json_goes_out_and_in_unchanged(tmp_path):
     folder = run_dir.prepare(tmp_path / "run")
-    for run in (a_run(), a_run(stop_after_step=30)):
+    for run in (a_run(), a_run(stop_after_step=30), a_run(command_line="prottrans pretrain tiny")):
         run_dir.write_run(folder, run)
         assert run_dir.read_run(folder) == run
 

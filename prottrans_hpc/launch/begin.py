@@ -33,21 +33,18 @@ class RefusedError(SubmitError):
 
 def begin(scheduler: str, run_dir: RunDir, environment: Mapping[str, str]) -> str:
     """Take the lease and say whether to go on. Raises RefusedError, or the error that makes a start vain."""
-    start = identify(scheduler, environment, earlier_starts=lambda job_id: _num_begun(run_dir, job_id))
+    start = identify(scheduler, environment, earlier_starts=lambda job_id: job_events.num_begun(job_events.read_events(run_dir), job_id))
     try:
         taken = lease.take(run_dir, start)
     except SubmitError as error:
         job_events.note(run_dir, start, "refused", reason=str(error))
         raise RefusedError(str(error)) from error
+    chain.enrol(run_dir, start)
     try:
         return _decide(run_dir, start, taken)
     except (ProttransError, OSError) as error:
         _give_up(run_dir, start, error)
         raise
-
-
-def _num_begun(run_dir: RunDir, job_id: str) -> int:
-    return sum(event["event"] == "begun" and event["job_id"] == job_id for event in job_events.read_events(run_dir))
 
 
 def _decide(run_dir: RunDir, start: Start, taken: Taken | None) -> str:
@@ -78,7 +75,7 @@ def _size(path: Path) -> int:
 def _note_takeover(run_dir: RunDir, start: Start, taken: Taken, step: int) -> None:
     """Note how the previous holder ended, which left no line of its own."""
     old = taken.lease
-    lost = _lost_nodes(old.scheduler, old.nodes)
+    lost = submission.lost_nodes(old.scheduler, old.nodes, timeout_s=_ASK_S)
     ended = State.NODE_LOST if lost else taken.state
     same = old.job_id == start.job_id
     how = {True: "was requeued (preempted, by an operator, or after a fault)", False: "was killed, and the scheduler has forgotten it"}[same]
@@ -95,14 +92,6 @@ def _note_takeover(run_dir: RunDir, start: Start, taken: Taken, step: int) -> No
         step=step,
     )
     terminal.note(f"took the run directory over from {old.holder}: it {cause}")
-
-
-def _lost_nodes(scheduler: str, nodes: tuple[str, ...]) -> list[str]:
-    try:
-        return submission.lost_nodes(scheduler, nodes, timeout_s=_ASK_S)
-    except SubmitError as error:
-        terminal.warn(str(error))
-        return []
 
 
 def _nodes_text(nodes: list[str]) -> str:

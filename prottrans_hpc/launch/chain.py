@@ -6,12 +6,13 @@ import contextlib
 import os
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 from .. import file_lock, terminal
 from .. import run_dir as run_dirs
-from ..errors import ProttransError, SubmitError
+from ..errors import ProttransError, SubmitError, explain
 from ..file_lock import Lock
-from ..run_dir import RunDir
+from ..run_dir import Jobs, RunDir
 from . import job_events, submission
 from .own_job import Start
 
@@ -27,6 +28,25 @@ def read_chain(run_dir: RunDir) -> tuple[str, ...]:
     _wait_for_submission(run_dir)
     jobs = run_dirs.read_jobs(run_dir)
     return jobs.job_ids if jobs else ()
+
+
+def enrol(run_dir: RunDir, start: Start) -> None:
+    """Note a job that job.json lacks: its submission was interrupted before the scheduler's answer was on the disk, or was made by hand.
+
+    The start holds the lease: once a submission under way is over, nobody else can submit, and so nobody else writes the file. What of its jobs is
+    still alive stays, as those after this one. Raises nothing: the job trains all the same.
+    """
+    try:
+        chain = read_chain(run_dir)
+        if start.job_id in chain:
+            return
+        old = run_dirs.read_jobs(run_dir)
+        if old is not None and old.scheduler == start.scheduler:
+            run_dirs.write_jobs(run_dir, replace(old, job_ids=(start.job_id, *_alive(start.scheduler, chain))))
+        else:
+            run_dirs.write_jobs(run_dir, Jobs(start.scheduler, (start.job_id,), start.host, job_events.now()))
+    except (ProttransError, OSError) as error:
+        terminal.warn(f"job.json does not name this job, so that `prottrans runs` does not know it: {explain(error)}")
 
 
 def exclude_from_rest(run_dir: RunDir, scheduler: str, job_id: str, nodes: Sequence[str]) -> list[str]:

@@ -6,6 +6,7 @@ A verb's module is imported when the verb is used, so `prottrans --help` costs l
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ import click
 
 from .. import __version__, errors, terminal
 from ..stage import find
+from .options import TYPED
 
 _COMPLETION = "_PROTTRANS_COMPLETE"
 BROKEN_PIPE = 141
@@ -109,9 +111,11 @@ def _run(arguments: list[str]) -> int:
         from click.shell_completion import shell_complete
 
         return shell_complete(prottrans, {}, "prottrans", _COMPLETION, os.environ[_COMPLETION])
+    typed = shlex.join(["prottrans", *arguments])
     # Not prottrans.main(): that one turns a closed pipe into exit code 1.
     try:
         with prottrans.make_context("prottrans", arguments) as context:
+            context.meta[TYPED] = typed
             result: Any = prottrans.invoke(context)
             return result if isinstance(result, int) else errors.DONE
     except click.exceptions.Exit as request:  # --help and --version

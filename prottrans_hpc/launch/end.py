@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import errors, terminal
-from ..errors import ProttransError, SubmitError
+from ..errors import ProttransError
 from ..run_dir import RunDir
 from . import chain, job_events, lease, preflight_notes, submission, verdicts
 from .begin import hold_stop_signals
@@ -32,7 +32,7 @@ _ASK_S = 20.0
 def end(scheduler: str, run_dir: RunDir, code: int, environment: Mapping[str, str]) -> None:
     """Note the end, give the lease back, and settle what becomes of this job and of those after it."""
     events = job_events.read_events(run_dir)
-    start = identify(scheduler, environment, earlier_starts=lambda job_id: _num_begun(events, job_id) - 1)
+    start = identify(scheduler, environment, earlier_starts=lambda job_id: job_events.num_begun(events, job_id) - 1)
     begun = next((event for event in reversed(events) if event["event"] == "begun" and event["job_id"] == start.job_id), None)
     try:
         vain = _note_end(run_dir, start, code, events, begun)
@@ -56,10 +56,6 @@ def _note_end(run_dir: RunDir, start: Start, code: int, events: Sequence[Event],
     return vain
 
 
-def _num_begun(events: Sequence[Event], job_id: str) -> int:
-    return sum(event["event"] == "begun" and event["job_id"] == job_id for event in events)
-
-
 def _was_cancelled(events: Sequence[Event], start: Start) -> bool:
     """Whether `prottrans runs cancel` has asked for this end."""
     return any(event["event"] == "cancelled" and event["job_id"] == start.job_id for event in events)
@@ -80,7 +76,8 @@ def _cause(run_dir: RunDir, start: Start, code: int, begun: Event | None) -> str
     told = _last_stop(run_dir, begun)
     parts = [told or verdicts.describe_code(code)]
     if code != errors.DONE and (told is None or "Error" in told or told.startswith(preflight_notes.FAILED)):
-        parts += [*_first_fault(run_dir, begun), *(f"node {node} is down" for node in _lost_nodes(start))]
+        lost = submission.lost_nodes(start.scheduler, start.nodes, timeout_s=_ASK_S)
+        parts += [*_first_fault(run_dir, begun), *(f"node {node} is down" for node in lost)]
     return "; ".join(parts)
 
 
@@ -109,14 +106,6 @@ def _last_stop(run_dir: RunDir, begun: Event | None) -> str | None:
         return terminal.printable(str(line["cause"]), 500) if line["event"] == "stop" and is_of_this_start else None
     except (OSError, ValueError, IndexError, KeyError, TypeError):
         return None
-
-
-def _lost_nodes(start: Start) -> list[str]:
-    try:
-        return submission.lost_nodes(start.scheduler, start.nodes, timeout_s=_ASK_S)
-    except SubmitError as error:
-        terminal.warn(str(error))
-        return []
 
 
 def _seconds_since(begun: Event | None) -> float | None:

@@ -78,7 +78,7 @@ def plan_farm(
         queue=slot.queue.name if slot else None,
         account=account,
         shares_per_job=max(1, machine.node.num_gpus) if one_a_gpu else 1,
-        flags={terminal.QUIET: ("--quiet",), terminal.NORMAL: (), terminal.VERBOSE: ("--verbose",)}[terminal.verbosity()],
+        flags=terminal.flags(),
         follow=follow,
         ends_at_failure=not one_a_gpu,
     )

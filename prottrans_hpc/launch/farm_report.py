@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from .. import errors, terminal
+from . import verdicts
 from .farm_files import FarmFiles
 
 
@@ -14,9 +15,7 @@ def cause(code: int | None) -> str:
         return "ended without a word (killed, or its node was lost)"
     if code == errors.DONE:
         return "ended without its output"
-    if code > 128:
-        return f"was killed by signal {code - 128}"
-    return f"ended with exit code {code} ({errors.MEANING.get(code, 'see its log')})"
+    return f"ended with exit code {code} ({verdicts.describe_code(code)})"
 
 
 def last_words(log: Path) -> str:

@@ -54,6 +54,8 @@ class Plan:
     """Job that must have ended, however, before the first of these starts."""
     preflight: Preflight | None = None
     """What the jobs measure before they train; None: nothing."""
+    command_line: str | None = None
+    """What a person typed, for the records."""
 
     @property
     def job(self) -> Job:
@@ -107,14 +109,14 @@ def existing_run(plan: Plan) -> Run | None:
 
 
 def describe(plan: Plan, run: Run | None) -> str:
-    """Whether the directory is new, or what is in it already."""
+    """Whether the directory is new, or what is in it already; whether a checkpoint can be taken is for the ranks to say."""
     if run is None:
         return f"new, with the weights of {plan.init.asked}" if plan.init else "new"
     steps = plan.run_dir.checkpoint_steps()
     end = min(plan.recipe.num_steps, plan.stop_after_step or plan.recipe.num_steps)
     if not steps:
         return "starts again: it has no checkpoint yet"
-    return f"resumes at step {steps[-1]} of {end}" if steps[-1] < end else f"has step {steps[-1]} of {end} already"
+    return f"newest checkpoint: step {steps[-1]} of {end}"
 
 
 def carry_out(plan: Plan, *, detach: bool) -> int:
@@ -171,7 +173,7 @@ def _submit_chain(plan: Plan, directory: RunDir) -> None:
         except SubmitError as error:
             raise type(error)(f"{error}{_already(job_ids, number, plan.num_jobs, directory)}") from error
         write_jobs(directory, scheduler, job_ids, account=plan.account)
-        job_events.record(directory, "submitted", job_id=job_ids[-1], restart=0, number=number, of=plan.num_jobs)
+        job_events.record(directory, "submitted", job_id=job_ids[-1], restart=0, number=number, of=plan.num_jobs, command_line=plan.command_line)
     terminal.note(f"submitted to {plan.machine.name}: job {', then '.join(job_ids)}")
 
 
@@ -231,6 +233,7 @@ def _write_run(plan: Plan, directory: RunDir, old: Run | None) -> None:
         stop_after_step=plan.stop_after_step,
         init=plan.init,
         preflight=plan.preflight,
+        command_line=plan.command_line,
     )
     run = fresh if old is None else replace(fresh, run_id=old.run_id, created=old.created, init=old.init)
     if run == old:
@@ -242,8 +245,15 @@ def _write_run(plan: Plan, directory: RunDir, old: Run | None) -> None:
 
 
 def _plain(run: Run) -> dict[str, Any]:
+    """For a comparison: the words that asked for it are no part of a run."""
     nouns = {"recipe": config.to_json(run.recipe), "machine": config.to_json(run.machine), "allocation": config.to_json(run.allocation)}
-    return {**vars(run), **nouns, "init": vars(run.init) if run.init else None, "preflight": vars(run.preflight) if run.preflight else None}
+    return {
+        **vars(run),
+        **nouns,
+        "command_line": None,
+        "init": vars(run.init) if run.init else None,
+        "preflight": vars(run.preflight) if run.preflight else None,
+    }
 
 
 def write_jobs(directory: RunDir, scheduler: str, job_ids: Sequence[str], *, account: str | None = None) -> None:

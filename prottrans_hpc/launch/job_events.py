@@ -6,6 +6,7 @@ Events: submitted, begun, ended, taken_over, refused, requeued, cancelled_rest, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from .. import json_lines, timestamp
@@ -39,6 +40,11 @@ def record(run_dir: RunDir, event: str, *, job_id: str, restart: int, **details:
 def read_events(run_dir: RunDir) -> list[Event]:
     """All events, the oldest first. A line that cannot be read (half written) is left out."""
     return [event for event in json_lines.read(run_dir.jobs_log) if _is_event(event)]
+
+
+def num_begun(events: Sequence[Event], job_id: str) -> int:
+    """How often a job has begun."""
+    return sum(event["event"] == "begun" and event["job_id"] == job_id for event in events)
 
 
 def _is_event(record: Event) -> bool:

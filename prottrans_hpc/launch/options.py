@@ -24,6 +24,14 @@ Command = Callable[..., Any]
 
 INVALID = ("error", "x", "skip")
 PRECISIONS = ("fp32", "bf16", "fp16")
+TYPED = "prottrans_hpc.typed"
+"""Where a click context and all below it keep the command line."""
+
+
+def command_line() -> str | None:
+    """The command that runs, as a shell takes it; None outside of one. It holds no secret, for no option takes one."""
+    context = click.get_current_context(silent=True)
+    return context.meta.get(TYPED) if context else None
 
 
 def examples(*lines: str) -> str:

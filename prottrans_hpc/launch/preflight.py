@@ -9,7 +9,6 @@ own code when no other start would do better; with 75 when the job was asked to 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import secrets
 import signal
@@ -27,6 +26,7 @@ from ..run_dir import Preflight, RunDir, read_run
 from . import chain, exclusion, preflight_notes, verdicts
 from .children import STOP_SIGNALS, Deadline, die_with_parent, hold_signals, next_signal, shell_code, start
 from .preflight_notes import Finding, Verdict
+from .run_files import read_code
 from .schedulers import SCHEDULERS
 from .tether import CODE_FILE_PREFIX
 
@@ -65,13 +65,14 @@ def measure(run_dir: RunDir, command: Sequence[str], *, limit_s: float) -> Endin
     nonce = secrets.token_hex(16)  # the ranks of the training must meet no straggler of these
     code_file = run_dir.path / f"{CODE_FILE_PREFIX}{nonce}"
     changed = {"PROTTRANS_NONCE": nonce} | ({"PROTTRANS_EXIT_CODE_FILE": str(code_file)} if "PROTTRANS_EXIT_CODE_FILE" in os.environ else {})
-    stop_file = run_dir.path / f".stop-{hashlib.sha256(os.environ.get('PROTTRANS_NONCE', '').encode()).hexdigest()[:16]}"
+    stop_file = run_dir.stop_file(os.environ.get("PROTTRANS_NONCE", ""))
     child = start(command, env=os.environ | changed)
     try:
         asked = _wait(child, stop_file, limit_s)
         if asked is not None or child.poll() is None:
             return Ending(None, asked)
-        return Ending(_left(code_file) or shell_code(child.returncode))
+        # Of the first rank that failed, where the starter may hide it.
+        return Ending(read_code(code_file) or shell_code(child.returncode))
     finally:
         _end(child)
         code_file.unlink(missing_ok=True)
@@ -100,14 +101,6 @@ def _end(child: subprocess.Popen[bytes]) -> None:
     except subprocess.TimeoutExpired:
         child.kill()
         child.wait()
-
-
-def _left(code_file: Path) -> int | None:
-    """The code of the first rank that failed, where the starter may hide it."""
-    try:
-        return int(code_file.read_text())
-    except (OSError, ValueError):
-        return None
 
 
 def _measured(run_dir: RunDir) -> dict[str, Any] | None:

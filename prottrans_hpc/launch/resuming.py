@@ -12,13 +12,13 @@ from .. import errors, run_dir, terminal
 from ..errors import ConfigError, SubmitError
 from ..machine import Allocation, Machine, read_machine
 from ..run_dir import Preflight
-from . import checks, exclusion, follow, gang, placement, planner, preflight_notes
+from . import checks, conclusion, exclusion, follow, gang, placement, planner, preflight_notes
 from .demand import Demand
 from .gang import Plan
 from .job import num_ranks_text
+from .options import command_line
 from .run_facts import RunFacts
 from .run_state import Verdict
-from .verbs.pretrain import RANK_FLAGS, conclude
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def resume(facts: RunFacts, verdict: Verdict, changes: Changes, *, as_json: bool
         sys.stdout.buffer.write(plan.script)
         return errors.DONE
     check_can_resume(facts, verdict, plan)
-    terminal.note(f"{gang.describe(plan, facts.run)} on {plan.machine.name}, {num_ranks_text(plan.allocation)}")
+    terminal.note(f"resuming on {plan.machine.name}, {num_ranks_text(plan.allocation)} ({gang.describe(plan, facts.run)})")
     log_from = follow.log_size(facts.run_dir)
     code = gang.carry_out(plan, detach=changes.detach or changes.follows)
     jobs = run_dir.read_jobs(facts.run_dir)
@@ -63,7 +63,7 @@ def resume(facts: RunFacts, verdict: Verdict, changes: Changes, *, as_json: bool
     if changes.follows and jobs is not None:
         code = follow.follow(facts.run_dir, jobs.job_ids, log_from=log_from)
     if code != errors.INTERRUPTED and (changes.follows or not (changes.detach or plan.machine.scheduler != "local")):
-        conclude(plan, code)
+        conclusion.conclude(facts.run_dir, code)
     return code
 
 
@@ -104,10 +104,11 @@ def plan_again(facts: RunFacts, changes: Changes) -> Plan:
         placement.name_nodes(machine, allocation, required=not changes.dry_run),
         changes.steps if changes.steps is not None else run.stop_after_step,
         facts.run_dir,
-        RANK_FLAGS[terminal.verbosity()],
+        terminal.flags(),
         account,
         num_jobs=1 if machine.scheduler == "local" else changes.num_jobs or before,
         preflight=preflight,
+        command_line=command_line(),
     )
 
 

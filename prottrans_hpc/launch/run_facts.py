@@ -10,7 +10,7 @@ from pathlib import Path
 from .. import run_dir
 from ..errors import CheckpointError, ConfigError
 from ..run_dir import Jobs, Run, RunDir
-from .run_files import Record, last_records
+from .run_files import Record, last_records, read_code
 
 DEFAULT_FOLDER = Path("runs")
 _NUM_RECENT_STEPS = 50
@@ -110,10 +110,7 @@ def read_facts(directory: RunDir) -> RunFacts:
 
 def read_exit_code(directory: RunDir) -> int | None:
     """What the job script wrote when it ended; None when it did not, or the disk was full."""
-    try:
-        return int(directory.exit_code.read_text())
-    except (OSError, ValueError):
-        return None
+    return read_code(directory.exit_code)
 
 
 def last_activity(directory: RunDir) -> float:

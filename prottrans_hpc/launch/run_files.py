@@ -18,6 +18,14 @@ _LONGEST_READ = 1 << 20
 Record = dict[str, Any]
 
 
+def read_code(path: Path) -> int | None:
+    """The exit code in a file; None when it was not written, or the disk was full."""
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
 def read_records(path: Path) -> list[Record]:
     """The JSON objects of a file with one a line; a missing file has none, a line that is no object is passed over."""
     return json_lines.read(path)

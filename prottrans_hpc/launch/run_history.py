@@ -34,6 +34,8 @@ class Start:
     nodes: tuple[str, ...] = ()
     num_nodes: int | None = None
     world_size: int | None = None
+    command_line: str | None = None
+    """The command that started it, or its chain."""
     began: str | None = None
     """UTC, when the job script began."""
     trains_from: str | None = None
@@ -180,7 +182,7 @@ def _started(rows: list[Start], event: Record) -> None:
         rows.append(Start())
     row = rows[-1]
     row.trains_from, row.step, row.world_size = str(event.get("time")), _integer(event.get("step")), _integer(event.get("world_size"))
-    row.num_nodes = row.num_nodes or _integer(event.get("num_nodes"))
+    row.num_nodes, row.command_line = row.num_nodes or _integer(event.get("num_nodes")), event.get("command_line")
     earlier = next((other for other in reversed(rows[:-1]) if other.trains_from is not None), None)
     if earlier is not None and "steps_lost" in event:
         earlier.steps_lost, earlier.lost_s = _integer(event["steps_lost"]), float(event.get("lost_s") or 0.0)

@@ -14,7 +14,7 @@ from ..machine import Machine
 from ..recipe import Recipe
 from ..run_dir import RunDir
 from ..scaling_study import Study, StudyDir, StudyPoint, read_study, united, write_study
-from . import checks, exclusion, gang, placement, planner, prospect, submission
+from . import checks, exclusion, gang, placement, planner, prospect, run_facts, submission, verdicts
 from .checks import CorpusFacts
 from .demand import Demand
 from .follow import follow as follow_log
@@ -39,6 +39,8 @@ class Order:
     excluded: tuple[str, ...] = ()
     flags: tuple[str, ...] = ()
     """For the ranks."""
+    command_line: str | None = None
+    """What a person typed."""
 
 
 def with_what_is_there(order: Order) -> Order:
@@ -71,7 +73,8 @@ def plan_of(order: Order, point: StudyPoint, directory: RunDir) -> Plan:
     seen = prospect.look_ahead(recipe, order.machine, demand, corpus=order.corpus, keeps_bins=order.keeps_bins)
     without = exclusion.leave_out(order.machine, seen.allocation, order.excluded, directory)
     allocation = placement.name_nodes(order.machine, without, required=False)
-    return Plan(seen.recipe, order.study.recipe_name, order.corpus, order.machine, allocation, None, directory, order.flags, order.account)
+    plan = Plan(seen.recipe, order.study.recipe_name, order.corpus, order.machine, allocation, None, directory, order.flags, order.account)
+    return replace(plan, command_line=order.command_line)
 
 
 def remarks(order: Order) -> list[str]:
@@ -151,7 +154,7 @@ def _size_text(point: StudyPoint) -> str:
 
 
 def _failure(directory: RunDir, code: int | None) -> str:
-    meaning = f"exit code {code}: {errors.MEANING.get(code, 'see its log')}" if code is not None else "without a word"
+    meaning = f"exit code {code}: {verdicts.describe_code(code)}" if code is not None else "without a word"
     return f"{directory.path.name} has not taken its steps ({meaning}); logs: {directory.node_log(0).parent}"
 
 
@@ -187,17 +190,10 @@ def follow(directories: Sequence[RunDir]) -> None:
 
 def tell_failures(standing: Standing) -> list[str]:
     """The last attempts of points that failed, a line each."""
-    failures = [_failure(directory, _exit_code(directory)) for directory in standing.failed]
+    failures = [_failure(directory, run_facts.read_exit_code(directory)) for directory in standing.failed]
     for line in failures:
         terminal.warn(line)
     return failures
-
-
-def _exit_code(directory: RunDir) -> int | None:
-    try:
-        return int(directory.exit_code.read_text())
-    except (OSError, ValueError):
-        return None
 
 
 def check_one_job(order: Order) -> None:

@@ -52,6 +52,7 @@ def render_outer(order: Order, plans: Sequence[Plan]) -> bytes:
         "",
         "# A signal goes on to the point that runs; those after it are left for the next job.",
         "point='' stop='' code=0",
+        "# shellcheck disable=SC2317 # the traps call it",
         'pass_on() { stop=$1; if [ -n "$point" ]; then kill -s "$1" "$point" 2>/dev/null || true; fi; }',
         *(f"trap 'pass_on {name}' {name}" for name in ("TERM", "INT", "USR1", "USR2")),
         "measure() {",

@@ -12,13 +12,11 @@ from pathlib import Path
 from .. import durable, errors, terminal
 from .options import run_here
 
-_VERBOSITY = {"--quiet": terminal.QUIET, "--verbose": terminal.VERBOSE}
-
 
 def main(arguments: list[str]) -> int:
     """Run the stage and return the exit code."""
     for flag in arguments[2:]:
-        terminal.set_verbosity(_VERBOSITY[flag])
+        terminal.set_verbosity(terminal.LEVELS[flag])
     try:
         run_here(arguments[0], durable.read_json(Path(arguments[1])))
         return errors.DONE

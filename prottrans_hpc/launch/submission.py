@@ -7,9 +7,10 @@ import re
 import subprocess
 from collections.abc import Mapping, Sequence
 
+from .. import errors
 from ..errors import SubmitError
 from ..run_dir import RunDir
-from ..terminal import printable
+from ..terminal import printable, warn
 from .job_state import State
 from .own_job import VITALS
 from .schedulers import SCHEDULERS, Scheduler
@@ -39,16 +40,25 @@ class MaybeSubmittedError(SubmitError):
     """The scheduler did not say whether it took a job."""
 
 
+class InterruptedSubmissionError(MaybeSubmittedError):
+    """Ctrl-C came before the scheduler's answer."""
+
+    exit_code = errors.INTERRUPTED
+
+
 def submit(scheduler: str, run_dir: RunDir, *, after: str | None = None, keep_open: Sequence[int] = ()) -> str:
     """Submit the job script of a run directory; the job id. Raises SubmitError with what the scheduler said.
 
     `after` is a job that must have ended, however, before this one starts. `keep_open` are descriptors for a local job.
     """
     speech = SCHEDULERS[scheduler]
+    argv, doubt = speech.submit_argv(run_dir, after), f"The job may be in the queue: look for {run_dir.path.name} there before you try again"
     try:
-        said = _call(speech.submit_argv(run_dir, after), "submit the job", speech, timeout_s=TIMEOUT_S, keep_open=keep_open, submits=True)
+        said = _call(argv, "submit the job", speech, timeout_s=TIMEOUT_S, keep_open=keep_open, submits=True)
     except _NoAnswerError as error:
-        raise MaybeSubmittedError(f"{error}. The job may be in the queue: look for {run_dir.path.name} there before you try again") from error.__cause__
+        raise MaybeSubmittedError(f"{error}. {doubt}") from error.__cause__
+    except KeyboardInterrupt as error:
+        raise InterruptedSubmissionError(f"interrupted before {argv[0]} had answered. {doubt}") from error
     return speech.parse_job_id(said)
 
 
@@ -97,11 +107,16 @@ def is_being_preempted(scheduler: str, job_id: str, *, timeout_s: float) -> bool
 
 
 def lost_nodes(scheduler: str, nodes: Sequence[str], *, timeout_s: float) -> list[str]:
-    """Those nodes that the scheduler knows to be down; [] for one that cannot be asked. Raises SubmitError."""
+    """Those nodes that the scheduler knows to be down; [] for one that cannot be asked, or does not answer, of which it warns."""
     vitals = VITALS[scheduler]
     if vitals.lost_nodes_argv is None or not nodes:
         return []
-    return vitals.parse_lost_nodes(_call(vitals.lost_nodes_argv(nodes), "tell the states of nodes", SCHEDULERS[scheduler], timeout_s=timeout_s))
+    try:
+        said = _call(vitals.lost_nodes_argv(nodes), "tell the states of nodes", SCHEDULERS[scheduler], timeout_s=timeout_s)
+    except SubmitError as error:
+        warn(str(error))
+        return []
+    return vitals.parse_lost_nodes(said)
 
 
 def requeue(scheduler: str, job_id: str, *, timeout_s: float) -> None:

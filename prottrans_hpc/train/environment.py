@@ -1,4 +1,4 @@
-"""What a start ran on, for environment.json: hosts, hardware, versions, commit, modules, command line; never a secret.
+"""What a start ran on, for environment.json: hosts, hardware, versions, commit, modules, command lines; never a secret.
 
 Environment variables are taken by a list of names that are known to be harmless and useful, never all of them.
 """
@@ -21,6 +21,7 @@ import torch
 from .. import timestamp
 from ..comm import Comm
 from ..rank import RankContext
+from ..run_dir import Run
 
 PACKAGES = ("prottrans-hpc", "torch", "numpy", "safetensors", "h5py", "pydantic", "horovod", "mpi4py")
 VARIABLES = (
@@ -77,7 +78,7 @@ def _git(folder: Path, *arguments: str) -> str:
     return subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True, timeout=20).stdout.strip()
 
 
-def describe_start(comm: Comm, context: RankContext, *, start_id: str) -> dict[str, Any] | None:
+def describe_start(run: Run, comm: Comm, context: RankContext, *, start_id: str) -> dict[str, Any] | None:
     """The content of environment.json on rank 0, None elsewhere. Collective: each rank tells its host and device."""
     ranks = comm.all_gather_object([context.hostname, _device_name(comm.device)])
     if not context.is_main:  # looking up versions and hardware costs files and a process
@@ -86,6 +87,7 @@ def describe_start(comm: Comm, context: RankContext, *, start_id: str) -> dict[s
         "time": timestamp.now(),
         "start_id": start_id,
         "command_line": sys.orig_argv,
+        "launched_with": run.command_line,
         "git": git_commit(),
         "versions": versions(),
         "modules": [name for name in os.environ.get("LOADEDMODULES", "").split(":") if name],

@@ -9,10 +9,10 @@ Nothing heavy is imported here, so that `install` can run before torch is loaded
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import signal
 import time
+from pathlib import Path
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
@@ -39,20 +39,14 @@ def _note(number: int, frame: FrameType | None) -> None:
 
 def watch(run_dir: str, nonce: str) -> None:
     """Look for the stop file of this start from here on; those that earlier starts left are removed, and mean nothing."""
-    own = stop_file_name(nonce)
+    from ..run_dir import STOP_FILE_PREFIX, RunDir  # not above: it takes time to load, and signals are taken before
+
+    own = RunDir(Path(run_dir)).stop_file(nonce)
     with contextlib.suppress(OSError):
         for name in os.listdir(run_dir):
-            if name.startswith(_STOP_FILE_PREFIX) and name != own:
+            if name.startswith(STOP_FILE_PREFIX) and name != own.name:
                 os.unlink(os.path.join(run_dir, name))
-    _watched[:] = [os.path.join(run_dir, own)]
-
-
-_STOP_FILE_PREFIX = ".stop-"
-
-
-def stop_file_name(nonce: str) -> str:
-    """The name of a start's stop file, which does not give the nonce away; the job script makes the same one."""
-    return _STOP_FILE_PREFIX + hashlib.sha256(nonce.encode()).hexdigest()[:16]
+    _watched[:] = [str(own)]
 
 
 def requested() -> bool:

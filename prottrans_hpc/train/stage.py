@@ -54,7 +54,7 @@ def _memory_of(context: RankContext) -> Iterator[None]:
 
 
 def _start(run: Run, run_dir: RunDir, comm: Comm, context: RankContext, *, start_id: str, records: Records | None) -> None:
-    described = environment.describe_start(comm, context, start_id=start_id)
+    described = environment.describe_start(run, comm, context, start_id=start_id)
     if described is not None:
         durable.write_json(run_dir.environment_json, described)
         for name in retention.remove_leftovers(run_dir):
@@ -75,6 +75,7 @@ def _go_on(session: Session, *, start_id: str, context: RankContext) -> None:
             start_id=start_id,
             step=session.progress.step,
             resumed_from=resumed_from,
+            command_line=run.command_line,
             world_size=comm.world_size,
             num_nodes=context.num_nodes,
             versions=environment.versions(),

@@ -41,7 +41,7 @@ def test_a_killed_item_is_run_again(tmp_path, megabytes_fasta, prottrans, wanted
     corpus = tmp_path / "corpus"
     done = prottrans("preprocess", str(megabytes_fasta), "--out", str(corpus), "--machine", machine.profile, "--nodes", "2", *RULES)
     assert content_of(corpus) == wanted
-    assert "01-scan: job 1 was killed by signal 9; it is run again" in done.stderr
+    assert "01-scan: job 1 ended with exit code 137 (killed by SIGKILL); it is run again" in done.stderr
     assert "01-scan: job 1 ended with exit code 71" in done.stderr
     assert machine.take_calls() == ["00000.0"] * 2 + ["00001.0"] * 4
 

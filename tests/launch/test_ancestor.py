@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -147,5 +148,9 @@ def test_the_command_line_begins_with_a_checkpoint(prottrans, small_corpus, tiny
     said = prottrans(*command, *run, "--steps", "2").stderr
     assert f"(new, with the weights of {tiny_checkpoint})" in said
     assert json.loads((tmp_path / "run" / "init.json").read_text())["checkpoint"] == str(tiny_checkpoint)
-    assert "resumes at step 2 of 3" in prottrans(*command, *run, "--steps", "3").stderr
+    assert "(newest checkpoint: step 2 of 3)" in prottrans(*command, *run, "--steps", "3").stderr
+    shown = json.loads(prottrans("runs", "show", str(tmp_path / "run"), "--json").stdout)
+    typed = [shlex.join(["prottrans", *command, *run, "--steps", steps]) for steps in "23"]
+    assert [start["command_line"] for start in shown["history"]["starts"]] == typed
+    assert shown["environment"]["launched_with"] == shown["command_line"] == typed[-1]
     assert "give both" in prottrans(*command, "--init-optimizer", code=64).stderr

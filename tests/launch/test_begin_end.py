@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from prottrans_hpc import durable, run_dir
-from prottrans_hpc.launch import job_events, lease, planner
+from prottrans_hpc.launch import begin, job_events, lease, planner
 from prottrans_hpc.machine import read_machine
 from prottrans_hpc.recipe import read_recipe
 from prottrans_hpc.run_dir import Jobs, Run, RunDir
@@ -182,6 +182,29 @@ def test_of_many_jobs_at_once_one_begins(job: Job) -> None:
     ]
     said = sorted(process.communicate(timeout=120)[0].strip() for process in processes)
     assert said == ["go"] + ["refused"] * 7
+
+
+@pytest.mark.parametrize(
+    ("before", "answer", "after"),
+    [(None, "", ("10",)), (("8",), "8|COMPLETED\n", ("10",)), (("8", "11"), "11|PENDING\n", ("10", "11")), (("9", "10"), "", ("9", "10"))],
+)
+def test_a_job_that_no_submission_wrote_down_writes_itself_down(job: Job, before: tuple[str, ...] | None, answer: str, after: tuple[str, ...]) -> None:
+    if before is not None:
+        job.chain(*before)
+    job.slurm_says("squeue", answer)
+    job.begin()
+    jobs = run_dir.read_jobs(job.run_dir)
+    assert jobs is not None and (jobs.scheduler, jobs.job_ids) == ("slurm", after)
+    assert jobs.host == ("login" if before else os.uname().nodename)
+
+
+def test_a_full_disk_keeps_no_job_from_its_work(job: Job, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def refuse(run_dir: RunDir, jobs: Jobs) -> None:
+        raise OSError(28, os.strerror(28), str(run_dir.job_json))
+
+    monkeypatch.setattr(run_dir, "write_jobs", refuse)
+    assert begin.begin("slurm", job.run_dir, {"SLURM_JOB_ID": "10", "SLURM_JOB_NODELIST": "n1"}) == begin.GO
+    assert "job.json does not name this job" in capsys.readouterr().err
 
 
 def test_a_finished_run_starts_nothing_and_its_chain_is_over(job: Job) -> None:

@@ -98,4 +98,4 @@ def test_a_run_has_the_steps_and_is_found_again(small_corpus: Path, tmp_path: Pa
     assert (phase["warmup_steps"], phase["warmup_epochs"]) == (-(-num_sequences // 32), None)
     rate = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])["lr"]
     assert rate == pytest.approx(3e-2 / phase["warmup_steps"])
-    assert "has step 1 of 1 already" in prottrans(*command, cwd=tmp_path).stderr
+    assert "newest checkpoint: step 1 of 1" in prottrans(*command, cwd=tmp_path).stderr

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import stat
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,13 @@ def test_the_same_experiment_resumes_and_keeps_its_identity(make_plan: MakePlan,
     assert (second.stop_after_step, second.recipe.loading.bin_residues, second.allocation.num_nodes) == (20, 4096, 2)
     said = capsys.readouterr().err
     assert "loading.bin_residues: 8192 -> 4096" in said and "stop_after_step: 10 -> 20" in said
+
+
+def test_the_command_of_the_latest_start_is_kept_and_is_no_change_of_the_run(make_plan: MakePlan, capsys: pytest.CaptureFixture[str]) -> None:
+    for command_line in ("prottrans pretrain tiny_prot_bert", "prottrans runs resume run"):
+        gang.carry_out(replace(make_plan(), command_line=command_line), detach=False)
+        assert run_dir.read_run(make_plan().run_dir).command_line == command_line
+    assert "changed" not in capsys.readouterr().err
 
 
 def test_nothing_changed_rewrites_nothing(make_plan: MakePlan) -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from prottrans_hpc import config, run_dir
-from prottrans_hpc.launch import cli, follow
+from prottrans_hpc.launch import begin, cli, follow, job_events, lr_range
 from prottrans_hpc.run_dir import RunDir
 
 Told = Callable[..., tuple[int, str, str]]
@@ -86,7 +89,6 @@ def test_dry_runs_of_slurm_machines(machine: str, arguments: tuple[str, ...], li
 
 
 WRONG = [
-    (("--machine", "summit", "--racks", "1"), "--account PROJECT"),
     ((*SUMMIT,), "--racks R (1 to 256"),
     ((*SUMMIT, "--nodes", "930"), "51 racks = 918 nodes or 52 racks = 936 nodes"),
     ((*SUMMIT, "--racks", "51", "--walltime", "24:00"), "52 racks = 936 nodes, the smallest size"),
@@ -117,13 +119,50 @@ def test_what_cannot_work_is_refused_before_anything_is_queued(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bin", "corpus"], "a refused command leaves nothing behind"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [(("--corpus", "corpus", "--machine", "summit", "--racks", "1"), "--account PROJECT"), ((*SUMMIT, "--racks", "1"), "--corpus names what to train on")],
+)
+def test_a_dry_run_alone_goes_without_corpus_and_account(arguments: tuple[str, ...], words: str, tell: Told, tmp_path: Path, capfdbinary: Any) -> None:
+    assert cli.main(["pretrain", "tiny_prot_bert", *arguments]) == 64
+    assert words in capfdbinary.readouterr().err.decode() and calls(tmp_path) == [] and not (tmp_path / "runs").exists()
+    assert cli.main(["pretrain", "tiny_prot_bert", *arguments, "--dry-run"]) == 0
+    said = capfdbinary.readouterr()
+    account = "ABC123" if "--account" in arguments else "ACCOUNT"
+    assert f"\n#BSUB -P {account}\n" in said.out.decode()
+    notes = said.err.decode()
+    assert ("ACCOUNT stands for the --account" in notes) == (account == "ACCOUNT") != ("CORPUS stands for it" in notes)
+
+
 def test_a_job_is_submitted(tell: Told, tmp_path: Path) -> None:
-    code, out, err = tell(*CLUSTER, "--nodes", "2")
+    code, out, err = tell(*CLUSTER, "--nodes", "2", "--set", "description=two words")
     assert (code, out) == (0, "") and "job 42" in err and "embed" not in err, "it has been submitted, not done"
     (call,) = calls(tmp_path)
     assert call.endswith(str(tmp_path / "run" / "job.sh"))
+    (submitted,) = job_events.read_events(RunDir(tmp_path / "run"))
     run = run_dir.read_run(RunDir(tmp_path / "run"))
     assert (run.allocation.num_nodes, run.allocation.queue, run.allocation.walltime_min) == (2, "gpu", 1440)
+    typed = "prottrans pretrain tiny_prot_bert --corpus corpus --machine slurm_cluster --run-dir run --nodes 2 --set 'description=two words'"
+    assert run.command_line == submitted["command_line"] == typed
+
+
+def test_a_job_whose_submission_was_interrupted_can_be_cancelled_once_it_begins(
+    tell: Told, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfdbinary: Any
+) -> None:
+    sbatch = tmp_path / "bin" / "sbatch"
+    sbatch.write_text(f"#!/bin/bash\nkill -INT $PPID\n{shutil.which('sleep', path=os.defpath)} 60\n")
+    code, _, err = tell(*CLUSTER)
+    assert code == 130 and "The job may be in the queue: look for run there" in err
+    (tmp_path / "bin" / "squeue").write_text("#!/bin/bash\necho '1001|RUNNING'\n")
+    scancel = tmp_path / "bin" / "scancel"
+    scancel.write_text(f"#!/bin/bash\necho scancel $* >> {tmp_path / 'calls'}\n")
+    scancel.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.defpath}")
+    assert begin.begin("slurm", RunDir(tmp_path / "run"), {"SLURM_JOB_ID": "1001", "SLURM_JOB_NODELIST": "n1"}) == begin.GO
+    assert cli.main(["runs", "list", "--runs", ".", "--json"]) == 0 and cli.main(["runs", "cancel", "run", "--runs", "."]) == 0
+    listed, _, cancelled = capfdbinary.readouterr().out.decode().rpartition("]\n")
+    assert json.loads(f"{listed}]")[0]["state"] == "running"
+    assert cancelled == "job 1001: asked to save and stop\n" and "1001" in calls(tmp_path)[-1]
 
 
 def test_a_chain_is_submitted(tell: Told, tmp_path: Path) -> None:
@@ -160,6 +199,28 @@ def test_a_job_is_followed_to_its_end(code: int, words: str, tell: Told, monkeyp
     ended, _, err = tell(*CLUSTER, "--follow")
     assert ended == code and words in err
     assert ("embed" in err) == (code == 0) and seen == [(tmp_path / "run", ("42",), 0)]
+
+
+@pytest.mark.parametrize(
+    ("code", "ended", "found", "words"),
+    [
+        (0, 0, True, ""),
+        (76, 0, True, ""),
+        (75, 75, False, "the sweep ended with exit code 75; the same command goes on with it"),
+        (130, 130, False, "when the job has ended, the same command prints what it found"),
+    ],
+)
+def test_a_followed_sweep_tells_of_itself_alone(
+    code: int, ended: int, found: bool, words: str, tell: Told, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It may diverge, and goes on when only the following was ended."""
+    stages = []
+    monkeypatch.setattr(follow, "follow", lambda directory, job_ids, *, log_from=None: code)
+    monkeypatch.setattr(lr_range, "run_stage", lambda name, request: stages.append((name, request)))
+    got, _, err = tell(*CLUSTER, "--lr-range", "--follow")
+    assert got == ended and words in err
+    assert stages == ([("lr-range", {"run_dir": str(tmp_path / "run")})] if found else [])
+    assert ("warning" in err) == (code == 75) and "diverged" not in err and "embed" not in err
 
 
 def test_without_a_scheduler_only_dry_runs_work(tell: Told, tmp_path: Path) -> None:

@@ -7,11 +7,14 @@ ranks of the same arithmetic. A local batch is sequences a core, as the table co
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from prottrans_hpc import architecture, config
 from prottrans_hpc.errors import ConfigError
+from prottrans_hpc.launch import cli
 from prottrans_hpc.launch.batch_arithmetic import plan_batches
 from prottrans_hpc.launch.campaign import is_campaign, read_campaign
 from prottrans_hpc.launch.checks import check_model
@@ -142,3 +145,29 @@ def test_every_recipe_fits_its_architecture(name: str) -> None:
     chosen, _ = check_model(recipe)
     assert all(phase.warmup_steps < phase.steps for phase in recipe.phases)
     assert not chosen.lanes or all(phase.global_batch_size for phase in recipe.phases)
+
+
+TOO_LARGE = (
+    "prot_txl_bfd",
+    "prot_t5_xl_bfd",
+    "prot_t5_xl_u50",
+    "protein_lm_1p2b",
+    "protein_lm_3b",
+    *(f"protein_lm_h{shape}" for shape in ("2048_l24_a8", "2048_l24_a16", "3072_l24_a16")),
+)
+"""On 4 racks a copy of the model does not fit into 16 GiB; cut over the ranks it does, as `prottrans memory` says."""
+CUT = ("--set", "parallel.sharding=full")
+SETTINGS = {**dict.fromkeys(TOO_LARGE, CUT), **dict.fromkeys(("prot_t5_xxl_bfd", "prot_t5_xxl_u50"), (*CUT, "--set", "memory.recompute_every=1"))}
+PUBLISHED = [name for name in config.shipped_names("jobs") if not name.startswith(("preprocess_", "tiny_", "small_"))]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_every_published_model_is_one_command_on_summit(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfdbinary: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    command = ["pretrain", name, "--machine", "summit", "--racks", "4", "--dry-run"]
+    assert cli.main([*command, *SETTINGS.get(name, ())]) == 0
+    script = capfdbinary.readouterr().out.decode()
+    assert script.startswith("#!/bin/bash\n#BSUB ") and "jsrun -n 432 " in script and not list(tmp_path.iterdir())
+    if name in SETTINGS:
+        assert cli.main(command) == 64
+        assert "does not fit" in capfdbinary.readouterr().err.decode()

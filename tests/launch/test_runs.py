@@ -278,6 +278,8 @@ def test_resume_submits_the_same_again(runs_folder: Any, fake_slurm: Any, capsys
     assert cli.main(["runs", "resume", "run", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"path": str(directory.path), "scheduler": "slurm", "jobs": ["100", "101"]}
     assert directory.job_script.read_text() == script
+    assert cli.main(["runs", "show", "run"]) == 0
+    assert "command:      prottrans runs resume run --json\n" in capsys.readouterr().out
     jobs = read_jobs(directory)
     assert jobs is not None and (jobs.job_ids, jobs.account) == (("100", "101"), "proj")
     fake_slurm.says()

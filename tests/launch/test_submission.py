@@ -82,6 +82,13 @@ def test_a_submission_without_an_answer_may_have_happened(programs: Path, monkey
         submission.submit("slurm", RunDir(tmp_path / "my-run"))
 
 
+def test_ctrl_c_before_the_answer_leaves_a_job_perhaps(programs: Path, tmp_path: Path) -> None:
+    program(programs, "sbatch", 'kill -INT "$PPID"; exec sleep 60')
+    with pytest.raises(MaybeSubmittedError, match=r"interrupted before sbatch had answered\. The job may be in the queue: look for my-run there") as told:
+        submission.submit("slurm", RunDir(tmp_path / "my-run"))
+    assert told.value.exit_code == 130
+
+
 def test_what_a_scheduler_says_is_shown_safely(programs: Path, tmp_path: Path) -> None:
     program(programs, "sbatch", "printf 'sbatch: error: \\033[2Jinvalid account\\n' >&2; exit 1")
     with pytest.raises(SubmitError) as refusal:

@@ -33,11 +33,11 @@ def stops(folder: Path) -> list[tuple[str, int]]:
 def test_the_job_script_and_the_ranks_make_the_same_name() -> None:
     line = next(line for line in GOLDEN.read_text().splitlines() if line.startswith("stop_file="))
     script = f'PROTTRANS_NONCE={NONCE} run_dir=/run\n{line}\nprintf %s "$stop_file"'
-    assert subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True).stdout == f"/run/{preemption.stop_file_name(NONCE)}"
+    assert subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True).stdout == str(RunDir(Path("/run")).stop_file(NONCE))
 
 
 def test_the_file_asks_once_it_is_there(tmp_path: Path) -> None:
-    own, stale, other = (tmp_path / name for name in (preemption.stop_file_name(NONCE), preemption.stop_file_name("earlier"), ".stopwatch"))
+    own, stale, other = (RunDir(tmp_path).stop_file(NONCE), RunDir(tmp_path).stop_file("earlier"), tmp_path / ".stopwatch")
     stale.write_text("SIGTERM\n")
     other.touch()
     preemption.watch(str(tmp_path), NONCE)
@@ -51,13 +51,13 @@ def test_the_file_asks_once_it_is_there(tmp_path: Path) -> None:
 
 def test_an_empty_file_asks_as_well(tmp_path: Path) -> None:
     preemption.watch(str(tmp_path), NONCE)
-    (tmp_path / preemption.stop_file_name(NONCE)).touch()  # on a full disk nothing more comes
+    RunDir(tmp_path).stop_file(NONCE).touch()  # on a full disk nothing more comes
     assert preemption.requested() and preemption.cause() == "a signal to the job script"
 
 
 def test_what_the_script_writes_a_moment_after_it_opened_the_file_is_the_cause(tmp_path: Path) -> None:
     preemption.watch(str(tmp_path), NONCE)
-    own = tmp_path / preemption.stop_file_name(NONCE)
+    own = RunDir(tmp_path).stop_file(NONCE)
     own.touch()
     assert preemption.requested()
     writer = threading.Timer(0.05, own.write_text, ["SIGUSR2\n"])
@@ -68,21 +68,21 @@ def test_what_the_script_writes_a_moment_after_it_opened_the_file_is_the_cause(t
 
 def test_all_ranks_save_and_stop_together(tmp_path: Path, make_run: Callable[..., Path], start_ranks: Callable[..., Any]) -> None:
     folder = make_run(tmp_path / "run", "phases.0.steps=5000", "checkpoint.every_steps=4000", num_ranks=2)
-    (folder / preemption.stop_file_name("another start")).write_text("SIGTERM\n")
+    RunDir(folder).stop_file("another start").write_text("SIGTERM\n")
     gang = start_ranks(folder, 2, env={"PROTTRANS_NONCE": NONCE, "PROTTRANS_EXIT_CODE_FILE": str(folder / "code")})
     assert gang.wait_for_step(3)
-    (folder / preemption.stop_file_name(NONCE)).write_text("SIGUSR1\n")
+    RunDir(folder).stop_file(NONCE).write_text("SIGUSR1\n")
     gang.end(75)
     last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["step"]
     assert RunDir(folder).checkpoint_steps() == [last]
     assert stops(folder) == [("SIGUSR1 to the job script", 75)]
     assert (folder / "code").read_text() == "75\n"
-    assert [path.name for path in folder.glob(".stop-*")] == [preemption.stop_file_name(NONCE)], "this start's own is the job script's to remove"
+    assert [path.name for path in folder.glob(".stop-*")] == [RunDir(folder).stop_file(NONCE).name], "this start's own is the job script's to remove"
 
 
 def test_a_request_that_came_before_the_first_step(tmp_path: Path, make_run: Callable[..., Path], start_ranks: Callable[..., Any]) -> None:
     folder = make_run(tmp_path / "run", num_ranks=2)
-    (folder / preemption.stop_file_name(NONCE)).write_text("SIGTERM\n")
+    RunDir(folder).stop_file(NONCE).write_text("SIGTERM\n")
     start_ranks(folder, 2, env={"PROTTRANS_NONCE": NONCE}).end(75)
     assert not (folder / "metrics.jsonl").exists() or not (folder / "metrics.jsonl").read_text()
     start_ranks(folder, 2, env={"PROTTRANS_NONCE": "the next start"}).end(0)

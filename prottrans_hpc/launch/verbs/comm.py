@@ -99,17 +99,16 @@ def _plan(choices: _Choices) -> CommPlan:
     from ... import config
     from ...machine import read_machine
     from ...run_dir import RunDir
-    from .. import comm_job, placement, planner
+    from .. import comm_job, dry_run, placement, planner
     from ..job import num_ranks_text
-    from .pretrain import RANK_FLAGS
 
     machine = read_machine(choices.machine)
-    planner.check_account(machine, choices.account)
+    account = dry_run.account_of(machine, choices.account, dry_run=choices.dry_run)
     allocation = placement.name_nodes(machine, planner.allocate(machine, choices.demand), required=not choices.dry_run)
     out = RunDir(choices.out.resolve())
     config.check_name(out.path.name, what="the name of the folder")
     names = ("backends", "repetitions", "limit_s", "timeout_s", "gate", "seed")
     request = {"machine": machine.name, "max_bytes": choices.max_mib << 20, **{name: getattr(choices, name) for name in names}}
-    plan = comm_job.CommPlan(machine, allocation, out, request, RANK_FLAGS[terminal.verbosity()], choices.account)
+    plan = comm_job.CommPlan(machine, allocation, out, request, terminal.flags(), account)
     terminal.note(f"machine: {machine.name}, {num_ranks_text(allocation)}; back ends {', '.join(choices.backends)}; results in {out.path}")
     return plan

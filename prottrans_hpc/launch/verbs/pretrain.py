@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,7 +11,7 @@ import click
 
 from ... import errors, terminal
 from ..demand import AUTO, Demand, time_text
-from ..options import account, as_minutes, examples, exclude, machine_option, path_option, preflight, settings, size, verbosity
+from ..options import account, as_minutes, command_line, examples, exclude, machine_option, path_option, preflight, settings, size, verbosity
 
 if TYPE_CHECKING:
     from ...recipe import Recipe
@@ -24,14 +24,12 @@ _EXAMPLES = examples(
     "prottrans pretrain tiny_prot_bert --corpus corpus --nodes 2 --steps 100 --run-dir runs/first",
     "prottrans pretrain my_recipe.toml --corpus corpus --set optimizer.learning_rate=2e-3 --set phases.0.steps=500",
     "prottrans pretrain tiny_prot_bert --corpus corpus --dry-run > job.sh",
+    "prottrans pretrain prot_bert --machine summit --racks 4 --dry-run",
     "prottrans pretrain tiny_prot_bert --corpus corpus --lr-range 1e-4:1 --steps 100",
     "prottrans pretrain prot_bert_bfd --corpus bfd --machine summit --racks 52 --account ABC123 --chain 2 --dry-run",
     "prottrans pretrain prot_bert_bfd --corpus bfd --machine my_cluster.toml --nodes 64 --preflight comm",
     "prottrans pretrain prot_t5_xl_u50 --corpus uniref50 --machine my_cluster.toml --racks 2 --init runs/bfd --after runs/bfd",
 )
-
-RANK_FLAGS: dict[int, tuple[str, ...]] = {terminal.QUIET: ("--quiet",), terminal.NORMAL: (), terminal.VERBOSE: ("--verbose",)}
-"""How much rank 0 says, by how much this command does."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +37,7 @@ class _Choices:
     """The command line."""
 
     recipe: str
-    corpus: Path
+    corpus: Path | None
     machine: str
     demand: Demand
     account: str | None
@@ -72,7 +70,7 @@ def _as_chain(ctx: click.Context, param: click.Parameter, value: str | None) -> 
 
 @click.command(epilog=_EXAMPLES)
 @click.argument("recipe", metavar="RECIPE")
-@path_option("--corpus", metavar="CORPUS", required=True, help="A folder that `prottrans preprocess` wrote.")
+@path_option("--corpus", metavar="CORPUS", help="A folder that `prottrans preprocess` wrote; only --dry-run goes without.")
 @machine_option
 @size
 @account
@@ -105,6 +103,7 @@ def pretrain(**given: Any) -> int:
     On a machine with a batch system the job is submitted; `prottrans plan` says what it asks for, and why.
     """
     from .. import gang
+    from ..conclusion import conclude
 
     choices = _Choices(**given)
     if choices.follow and choices.detach:
@@ -118,11 +117,11 @@ def pretrain(**given: Any) -> int:
         return errors.DONE
     if choices.lr_range is not None:
         return _sweep(plan, follow=choices.follow)
-    if plan.machine.scheduler != "local":
-        return _submit(plan, follow=choices.follow)
-    code = gang.carry_out(plan, detach=choices.detach)
-    if not choices.detach:
-        conclude(plan, code)
+    is_local = plan.machine.scheduler == "local"
+    code = gang.carry_out(plan, detach=choices.detach) if is_local else _submit(plan, follow=choices.follow)
+    is_over = not choices.detach if is_local else choices.follow and code != errors.INTERRUPTED
+    if is_over:
+        conclude(plan.run_dir, code)
     return code
 
 
@@ -135,7 +134,7 @@ def _sweep(plan: Plan, *, follow: bool) -> int:
     if plan.machine.scheduler == "local":
         return lr_range.conclude(plan, gang.carry_out(plan, detach=False))
     code = _submit(plan, follow=follow)
-    if follow:
+    if follow and code != errors.INTERRUPTED:
         return lr_range.conclude(plan, code)
     terminal.note("when the job has ended, the same command prints what it found")
     return code
@@ -147,7 +146,7 @@ def _plan(choices: _Choices) -> Plan:
     from ...machine import read_machine
     from ...recipe import read_recipe
     from ...run_dir import RunDir
-    from .. import ancestor, checks, epochs, exclusion, gang, lr_range, placement, planner, preflight_notes, prospect
+    from .. import ancestor, checks, dry_run, epochs, exclusion, gang, lr_range, placement, planner, preflight_notes, prospect
 
     recipe, machine = read_recipe(choices.recipe, choices.settings), read_machine(choices.machine)
     name = gang.usable_name(choices.recipe)
@@ -158,11 +157,12 @@ def _plan(choices: _Choices) -> Plan:
         raise errors.ConfigError(
             f"--steps {choices.steps} is more than the recipe's {recipe.num_steps}: lengthen a phase, as in --set phases.0.steps={choices.steps}"
         )
-    planner.check_account(machine, choices.account)
-    facts = checks.read_corpus_facts(choices.corpus, must_exist=not choices.dry_run)
+    account = dry_run.account_of(machine, choices.account, dry_run=choices.dry_run)
+    corpus = dry_run.corpus_of(choices.corpus, dry_run=choices.dry_run)
+    facts = checks.read_corpus_facts(corpus, must_exist=not choices.dry_run)
     after = ancestor.job_before(choices.after, machine)
     init = _init(choices, recipe, waits=after is not None)
-    run_dir = RunDir((choices.run_dir or gang.default_run_dir(recipe, name, choices.corpus, init)).resolve())
+    run_dir = RunDir((choices.run_dir or gang.default_run_dir(recipe, name, corpus, init)).resolve())
     config.check_name(run_dir.path.name, what="the name of the run directory")
     done = max(run_dir.checkpoint_steps(), default=0) if machine.scheduler != "local" else 0
     if facts.sha256:  # after the name was made: the same command finds its run again, whatever the steps come to
@@ -175,10 +175,10 @@ def _plan(choices: _Choices) -> Plan:
     later = (*exclusion.remarks(without), *preflight_notes.remarks(measured, without))
     for remark in (*checks.remarks(recipe, facts), *seen.notes, *planner.remarks(recipe, machine, without), *later):
         terminal.note(f"note: {remark}")
-    flags = RANK_FLAGS[terminal.verbosity()]
     allocation = placement.name_nodes(machine, without, required=not choices.dry_run)
     num_jobs = _num_jobs(choices, seen)
-    return gang.Plan(seen.recipe, name, facts, machine, allocation, choices.steps, run_dir, flags, choices.account, num_jobs, init, after, measured)
+    plan = gang.Plan(seen.recipe, name, facts, machine, allocation, choices.steps, run_dir, terminal.flags(), account, num_jobs, init, after, measured)
+    return replace(plan, command_line=command_line())
 
 
 def _init(choices: _Choices, recipe: Recipe, *, waits: bool) -> Init | None:
@@ -209,7 +209,7 @@ def _num_jobs(choices: _Choices, seen: Prospect) -> int:
 
 
 def _submit(plan: Plan, *, follow: bool) -> int:
-    """Submit to the batch system; with `follow` wait for the end and give the job's exit code."""
+    """Submit to the batch system; with `follow` wait for the end and give the job's exit code, or 130 when Ctrl-C ended the following."""
     from ... import run_dir
     from .. import gang
 
@@ -221,10 +221,7 @@ def _submit(plan: Plan, *, follow: bool) -> int:
     log_from = log_size(plan.run_dir)
     gang.carry_out(plan, detach=True)
     jobs = run_dir.read_jobs(plan.run_dir)
-    code = follow_log(plan.run_dir, jobs.job_ids if jobs else (), log_from=log_from)
-    if code != errors.INTERRUPTED:
-        conclude(plan, code)
-    return code
+    return follow_log(plan.run_dir, jobs.job_ids if jobs else (), log_from=log_from)
 
 
 def _introduce(plan: Plan, state: str) -> None:
@@ -240,18 +237,3 @@ def _introduce(plan: Plan, state: str) -> None:
         racks = f"{allocation.num_racks} whole {'rack' if allocation.num_racks == 1 else 'racks'}, " if allocation.num_racks else ""
         terminal.note(f"job: {racks}queue {allocation.queue}, walltime {time_text(allocation.walltime_min)}{jobs}")
     terminal.note(f"run directory: {plan.run_dir.path} ({state})")
-
-
-def conclude(plan: Plan, code: int) -> None:
-    """What the exit code means and what to do next."""
-    from .. import preflight_notes
-
-    path = plan.run_dir.path
-    if code == errors.DONE:
-        terminal.note(f"done: embed with `prottrans embed {path} PROTEINS.fasta --out FILE.h5`, export with `prottrans export {path} --to hf DIR`")
-    elif code == errors.REQUEUE:
-        if not plan.run_dir.checkpoint_steps():  # else rank 0 has told where the run goes on
-            terminal.note(f"stopped before the first checkpoint: the same command starts again (exit code {code})")
-    else:
-        meaning = preflight_notes.closed(plan.run_dir, code) or errors.MEANING.get(code, f"killed by signal {code - 128}" if code > 128 else "see the log")
-        terminal.warn(f"the job ended with exit code {code}: {meaning}. Logs: {plan.run_dir.node_log(0).parent}")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ... import errors, terminal
-from ..options import account, as_minutes, examples, exclude, machine_option, path_option, run_here, settings, verbosity
+from ..options import account, as_minutes, command_line, examples, exclude, machine_option, path_option, run_here, settings, verbosity
 
 if TYPE_CHECKING:
     from ..scale import Order, Standing
@@ -96,14 +96,13 @@ def _order(choices: _Choices) -> Order:
     from ...machine import read_machine
     from ...recipe import read_recipe
     from ...scaling_study import Mode, Study, StudyDir
-    from .. import checks, gang, planner, scale
-    from .pretrain import RANK_FLAGS
+    from .. import checks, dry_run, gang, scale
 
     if choices.recipe is None or choices.corpus is None or choices.nodes is None:
         raise click.UsageError("RECIPE, --corpus and --nodes say what is to be measured; with --report-only alone they may be left out")
     recipe, machine = read_recipe(choices.recipe, choices.settings), read_machine(choices.machine)
     chosen, size = checks.check_model(recipe)
-    planner.check_account(machine, choices.account)
+    account = dry_run.account_of(machine, choices.account, dry_run=choices.dry_run)
     mode: Mode = "weak" if choices.weak else "strong"
     name = gang.usable_name(choices.recipe)
     study = Study(name, mode, choices.nodes, choices.repetitions, choices.warmup, choices.steps, choices.seed)
@@ -116,9 +115,10 @@ def _order(choices: _Choices) -> Order:
         checks.sets_bins(choices.settings),
         choices.walltime_min,
         choices.queue,
-        choices.account,
+        account,
         choices.excluded or (),
-        RANK_FLAGS[terminal.verbosity()],
+        terminal.flags(),
+        command_line(),
     )
     if choices.one_job:
         scale.check_one_job(order)

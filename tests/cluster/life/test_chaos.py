@@ -5,14 +5,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
 import random
+import statistics
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,7 +48,7 @@ class Survived:
     """The last one when it was thrown; of a start that had taken none yet, that of its checkpoint."""
     resumed_at: int
     steps_lost: int
-    """As history.jsonl says."""
+    """As history.jsonl says of all starts since: one that is lost before its first step leaves it to the next to tell."""
     seconds: float
     """Until it trained again."""
     told: str
@@ -120,6 +122,20 @@ def submit_if_over(run: Training, draw: Draw) -> None:
         run.submit(queue=draw.choice(sorted(QUEUES)), num_jobs=3, walltime_min=60)
 
 
+def starts(run: Training) -> list[dict[str, Any]]:
+    """The trainer's own notes of all starts; half a line, which a kill may leave, is none."""
+    found = []
+    for line in run.run_dir.history.read_bytes().splitlines():
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(line))
+    return [event for event in found if event["event"] == "start"]
+
+
+def lost(starts: Sequence[Mapping[str, Any]]) -> int:
+    """The steps that these starts took again."""
+    return sum(int(start.get("steps_lost", 0)) for start in starts)
+
+
 def started(run: Training) -> dict[str, Any] | None:
     """The trainer's own note of the start that trains now, if one does."""
     begun = run.events("begun")
@@ -147,20 +163,32 @@ def throw(run: Training, draw: Draw, fault: Callable[[Training, Draw], str]) -> 
     if draw.random() < 0.75:
         target = draw.randint(3, 33)
         run.cluster.wait(lambda: goes_on(run, draw) and run.step >= int(run.events("begun")[-1]["step"]) + target, f"{target} steps", 240)
-    num_begun, step, began, num_events = len(run.events("begun")), run.step, time.monotonic(), len(run.events())
+    num_begun, step, began, num_events, num_starts = len(run.events("begun")), run.step, time.monotonic(), len(run.events()), len(starts(run))
     name = fault(run, draw)
     run.cluster.wait(lambda: submit_if_over(run, draw) or len(run.events("begun")) > num_begun, f"a start after {name}", 240)
     repair(run.cluster)
     run.cluster.wait(lambda: goes_on(run, draw), f"training after {name}", 240)
-    noted = started(run) or json.loads(run.run_dir.history.read_bytes().splitlines()[-1])
+    since = starts(run)[num_starts:]
     told = "; ".join(str(event["cause"])[:120] for event in run.events()[num_events:] if event["event"] in ("ended", "taken_over"))
-    return Survived(name, step, int(noted["step"]), int(noted.get("steps_lost", 0)), round(time.monotonic() - began, 1), told)
+    return Survived(name, step, int(since[-1]["step"]), lost(since), round(time.monotonic() - began, 1), told)
 
 
 def goes_on(run: Training, draw: Draw) -> bool:
     """Whether it trains; submits it where nobody else would."""
     submit_if_over(run, draw)
     return started(run) is not None
+
+
+def summary(fault: str, rows: Sequence[Survived]) -> str:
+    """The line of the table about all faults of a kind."""
+    steps_lost, seconds = statistics.mean(row.steps_lost for row in rows), statistics.median(row.seconds for row in rows)
+    return f"| {fault} | {len(rows)} | {steps_lost:.1f} | {seconds:.0f} |"
+
+
+def test_the_table_counts_every_start_and_takes_the_median() -> None:
+    assert lost([{"step": 20, "steps_lost": 7}, {"step": 20}, {"step": 0, "steps_lost": 20}]) == 27
+    rows = [Survived("requeue", 30, 20, steps_lost, seconds, "") for steps_lost, seconds in ((0, 10.0), (3, 90.0))]
+    assert summary("requeue", rows) == "| requeue | 2 | 1.5 | 50 |"
 
 
 def write_table(rows: list[Survived], began: float, verdict: str) -> None:
@@ -180,9 +208,7 @@ def write_table(rows: list[Survived], began: float, verdict: str) -> None:
         "|---|---|---|---|",
     ]
     for name in sorted(counts):
-        mine = [row for row in rows if row.fault == name]
-        seconds = sorted(row.seconds for row in mine)[len(mine) // 2]
-        lines.append(f"| {name} | {len(mine)} | {sum(row.steps_lost for row in mine) / len(mine):.1f} | {seconds:.0f} |")
+        lines.append(summary(name, [row for row in rows if row.fault == name]))
     lines += ["", "| no. | fault | at step | resumed at | steps lost | s | what jobs.jsonl says |", "|---|---|---|---|---|---|---|"]
     for number, row in enumerate(rows, 1):
         told = row.told.replace("|", "/")
