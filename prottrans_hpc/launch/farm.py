@@ -25,7 +25,7 @@ from .farm_round import Round, item_command
 def preview(plan: FarmPlan, name: str) -> str:
     """What would be submitted for the round of this name, if it has as many items as were asked for."""
     files = FarmFiles(plan.folder / name)
-    return render(plan.shape(files), [item_command(plan, files, number, 1) for number in range(plan.num_jobs)])
+    return render(plan.shape(files), [item_command(plan, files, number, 1, "TOKEN") for number in range(plan.num_jobs)])
 
 
 def run(plan: FarmPlan, name: str, items: Sequence[Item]) -> None:
