@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from submitit.core.core import PicklingExecutor
 
 _FOREVER_MIN = 60 * 24 * 365
+_ARRAY_SIZE = 1_000
+"""Slurm and LSF refuse larger arrays unless the site says otherwise."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,11 @@ class JobShape:
     walltime_min: int | None
     queue: str | None
     account: str | None
+
+
+def largest_array(machine: Machine) -> int:
+    """Jobs that are submitted together, and so many at most are in the queue at the same time."""
+    return min(_ARRAY_SIZE, machine.max_queued_jobs or _ARRAY_SIZE)
 
 
 def _python_words(shape: JobShape) -> str:

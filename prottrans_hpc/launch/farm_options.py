@@ -105,6 +105,8 @@ def run_on_farm(stage: str, request: dict[str, Any], plan: FarmPlan, *, first_ro
     terminal.note(f"machine: {plan.machine.name}, {plan.num_jobs} jobs of one node, {nodes} at a time; {plan.folder} holds their logs until all is done")
     if dry_run:
         sys.stdout.write(farm.preview(plan, first_round))
+        if plan.num_rest:
+            terminal.note(f"the first {plan.num_jobs - plan.num_rest:,} jobs; the other {plan.num_rest:,} follow in arrays of this size, one after the other")
         return
     if plan.machine.scheduler != "local":
         terminal.note("this command watches the jobs and puts the results together: keep it running (tmux, nohup), or run it again to go on")

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from .. import durable, errors, terminal
-from ..errors import FarmError
+from ..errors import FarmError, SubmitError
 from ..stage import Item
 from .farm_files import FarmFiles, FarmJob, read_state, write_state
 from .farm_jobs import Jobs, open_jobs
@@ -19,6 +19,7 @@ from .farm_report import Follower, cause, last_words
 _INCURABLE = frozenset((errors.USAGE, errors.BAD_DATA, errors.NO_INPUT, errors.BUG, errors.CANNOT_WRITE, errors.NO_PERMISSION, errors.IDENTITY))
 """Exit codes after which another try would end in the same way."""
 _LOOK_EVERY_S = 1.0
+_MAX_REFUSALS = 20
 _MAX_STOPS = 50
 """Tries that ended early with their state saved (75); each gets further, so they do not count as failures."""
 
@@ -40,6 +41,11 @@ class Round:
     open: Jobs | None = None
     inherited: set[int] = field(default_factory=set)
     """Jobs that an earlier start left in the queue."""
+    has_submitted: bool = False
+    num_refusals: int = 0
+    """Of the scheduler, one after the other."""
+    submits_after: float = 0.0
+    """By the monotonic clock."""
     suspects: set[str] = field(default_factory=set)
     """Job ids that the scheduler called ended while they had left no outcome: their file may still be on its way."""
 
@@ -112,11 +118,25 @@ class Round:
         return [job.job_id for job in self.jobs if job.state == "submitted" and job.job_id is not None]
 
     def _submit(self, jobs: Jobs) -> None:
-        waiting = [number for number, job in enumerate(self.jobs) if job.state == "waiting"]
-        if jobs.max_submitted is not None:
-            waiting = waiting[: max(0, jobs.max_submitted - len(self._submitted_ids()))]
-        if not waiting:
+        num_submitted = len(self._submitted_ids())
+        waiting = [number for number, job in enumerate(self.jobs) if job.state == "waiting"][: max(0, jobs.max_submitted - num_submitted)]
+        # A scheduler throttles each array by itself: beside one that is there, only what has a place even if all of that one runs.
+        if not waiting or (num_submitted and num_submitted + len(waiting) > self.plan.num_at_once) or time.monotonic() < self.submits_after:
             return
+        try:
+            self._hand_over(jobs, waiting)
+        except SubmitError as error:
+            # Jobs leave the queue some time after they have told that they are done; until then a site's limit may be reached.
+            self.num_refusals += 1
+            if not self.has_submitted or self.num_refusals > _MAX_REFUSALS:
+                raise
+            self._withdraw(("submitting",))
+            self.submits_after = time.monotonic() + jobs.query_every_s
+            terminal.note(f"{self.name}: {error}; asked again in {jobs.query_every_s:.0f} s")
+        else:
+            self.has_submitted, self.num_refusals = True, 0
+
+    def _hand_over(self, jobs: Jobs, waiting: Sequence[int]) -> None:
         token = secrets.token_hex(8)
         for number in waiting:
             self.jobs[number] = replace(self.jobs[number], state="submitting", job_id=None, num_tries=self.jobs[number].num_tries + 1, token=token)
@@ -150,6 +170,12 @@ class Round:
 
     def _end(self, number: int, code: int | None, advance: terminal.Advance) -> bool:
         job = self.jobs[number]
+        # What ended under an earlier start may have been cancelled by its end: that is no failure.
+        is_leftover = number in self.inherited and code not in (errors.DONE, *_INCURABLE)
+        self.inherited.discard(number)
+        if is_leftover:
+            job.state = "waiting"
+            return True
         job.codes.append(code)
         num_failures = sum(one not in (errors.DONE, errors.REQUEUE) for one in job.codes)
         if code == errors.DONE and job.has_output:
@@ -163,20 +189,27 @@ class Round:
         return True
 
     def stop(self) -> None:
-        """Cancel everything that may still run; a later start submits it again."""
+        """Cancel everything that may still run. A later start waits until a batch system says that it is gone, and submits it again."""
+        is_local = self.plan.machine.scheduler == "local"
+        is_unanswered = any(job.state == "submitting" for job in self.jobs)
+        self._withdraw(("submitting", "submitted") if is_local else ("submitting",))
         job_ids = self._submitted_ids()
         if job_ids and self.open is not None:
             terminal.note(f"{self.name}: cancelling {len(job_ids)} jobs")
-            self.open.cancel(job_ids)
-        is_unanswered = any(job.state == "submitting" for job in self.jobs)
+            if trouble := self.open.cancel(job_ids):
+                some = ", ".join(job_ids[:3])
+                terminal.warn(f"{trouble}: jobs of {self.name} ({some} ...) may go on; cancel them, or run the command again to go on with them")
+        if is_unanswered and not is_local:
+            name, scheduler = self.plan.name, self.plan.machine.scheduler
+            terminal.note(f"{scheduler} has not said whether it took the last jobs: any that are in the queue under the name {name} end by themselves")
+
+    def _withdraw(self, states: Sequence[str]) -> None:
+        """Jobs of these states are to be submitted again; what may be in the queue for them ends by itself."""
         for number, job in enumerate(self.jobs):
-            if job.state in ("submitting", "submitted"):
+            if job.state in states:
                 self._disown(number)
                 self.jobs[number] = replace(job, state="waiting")
         self._save()
-        if is_unanswered and self.plan.machine.scheduler != "local":
-            name, scheduler = self.plan.name, self.plan.machine.scheduler
-            terminal.note(f"{scheduler} has not said whether it took the last jobs: any that are in the queue under the name {name} end by themselves")
 
     def raise_failures(self) -> None:
         """Raise FarmError when a job failed for good."""

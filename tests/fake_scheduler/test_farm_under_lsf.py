@@ -142,6 +142,29 @@ def test_a_command_that_is_stopped_while_bsub_answers_says_what_may_be_left(lsf,
     assert files["corpus"] == files["wanted"]
 
 
+IMPATIENT = COMMAND.replace("import cli;", "import cli, farm_jobs; farm_jobs.BatchJobs.query_every_s = 2.0;")
+
+
+def test_more_jobs_than_may_be_queued_go_one_array_after_the_other(lsf, tmp_path, machine, fasta, prottrans):
+    lsf.configure(max_queued=3)
+    machine.write_text(machine.read_text().replace("account_required", "max_queued_jobs = 3\naccount_required"))
+    prottrans("preprocess", str(fasta), "--out", str(tmp_path / "wanted"), "--workers", "1", *RULES)
+    command = ("preprocess", str(fasta), "--out", str(tmp_path / "corpus"), "--machine", str(machine), "--nodes", "2", "--account", "BIO123")
+    shown = run(lsf, prottrans, *command, "--items", "5", *RULES, "--dry-run")
+    assert '#BSUB -J "preprocess-corpus[1-3]%2"' in shown.stdout
+    assert "the first 3 jobs; the other 2 follow in arrays of this size, one after the other" in shown.stderr
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-c", IMPATIENT, *command, "--items", "5", *RULES], env=lsf.environment, stderr=subprocess.PIPE, text=True
+    )
+    _, said = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    files = {folder: {path.name: path.read_bytes() for path in (tmp_path / folder).iterdir()} for folder in ("wanted", "corpus")}
+    assert files["corpus"] == files["wanted"]
+    sizes = [sum(job["number"] == number for job in jobs(lsf)) for number in sorted({job["number"] for job in jobs(lsf)})]
+    assert sizes[0] == max(sizes) == 3
+    assert len(sizes) > 2
+
+
 def test_the_account_is_asked_for(lsf, tmp_path, machine, fasta, prottrans):
     command = ("preprocess", str(fasta), "--out", str(tmp_path / "corpus"), "--machine", str(machine), "--nodes", "2")
     assert "give --account" in run(lsf, prottrans, *command, code=64).stderr
