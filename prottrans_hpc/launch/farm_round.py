@@ -160,22 +160,24 @@ class Round:
             is_gone = alive.get(job.job_id) is False
             # One that was asked to stop may be requeued by submitit, under the same id: only the scheduler knows.
             if code is not None and (code in (errors.DONE, *_INCURABLE) or is_gone):
-                changed = self._end(number, code, advance)
+                self._end(number, code, advance)
+                changed = True
             elif is_gone and job.job_id in self.suspects:
-                changed = self._end(number, None, advance)
+                self._end(number, None, advance)
+                changed = True
             elif is_gone:
                 self.suspects.add(job.job_id)
         if changed:
             self._save()
 
-    def _end(self, number: int, code: int | None, advance: terminal.Advance) -> bool:
+    def _end(self, number: int, code: int | None, advance: terminal.Advance) -> None:
         job = self.jobs[number]
         # What ended under an earlier start may have been cancelled by its end: that is no failure.
         is_leftover = number in self.inherited and code not in (errors.DONE, *_INCURABLE)
         self.inherited.discard(number)
         if is_leftover:
             job.state = "waiting"
-            return True
+            return
         job.codes.append(code)
         num_failures = sum(one not in (errors.DONE, errors.REQUEUE) for one in job.codes)
         if code == errors.DONE and job.has_output:
@@ -186,7 +188,6 @@ class Round:
         else:
             job.state = "waiting"
             terminal.note(f"{self.name}: job {number} {cause(code)}; it is run again ({self.files.log(number)})")
-        return True
 
     def stop(self) -> None:
         """Cancel everything that may still run. A later start waits until a batch system says that it is gone, and submits it again."""
