@@ -86,7 +86,8 @@ def _slurm(shape: JobShape) -> PicklingExecutor:
         "array_parallelism": shape.num_at_once,
         "stderr_to_stdout": True,
         "setup": [*_setup_lines(shape), f"export SRUN_CPUS_PER_TASK={usable_cpu_cores(node)}"],
-        "additional_parameters": {"requeue": True, **_slurm_options(machine.header_lines)},
+        # All of the memory: exclusive nodes alone give the site's default share of it.
+        "additional_parameters": {"requeue": True, "mem": "0", **_slurm_options(machine.header_lines)},
     }
     # submitit's own default would be refused where accounting knows no such key.
     executor.update_parameters(wckey=None, **{name: value for name, value in parameters.items() if value is not None})
@@ -137,4 +138,4 @@ EXECUTORS: dict[str, Callable[[JobShape], PicklingExecutor]] = {"local": _local,
 
 
 def _setup_lines(shape: JobShape) -> list[str]:
-    return [*shape.machine.setup_lines, f'export PATH={shlex.quote(str(Path(shape.python).parent))}:"$PATH"']
+    return ["set -eo pipefail", *shape.machine.setup_lines, f'export PATH={shlex.quote(str(Path(shape.python).parent))}:"$PATH"']
