@@ -141,6 +141,8 @@ class Machine:
     With "none" a rack is a number of nodes, which the scheduler takes where it finds them."""
     queues: tuple[Queue, ...] = ()
     """The first is the default; a batch scheduler needs at least one."""
+    max_queued_jobs: Count | None = None
+    """Jobs of a user that may be in the queue at the same time, each element of an array counted; None: no limit that matters."""
     account_required: bool = False
     licences: tuple[Licence, ...] = ()
     network: Network | None = None

@@ -39,7 +39,9 @@ def embed_on(farm: Farm, options: Options) -> dict[str, Any]:
         raise DataError(f"there is no protein in {', '.join(map(str, options.fasta))}")
     if options.out.exists():
         device = h5file.read_attributes(options.out)["identity"]["options"]["device"] if options.device == "auto" else options.device
-        return finished_before(options, describe_identity(options, sources, device, census))
+        summary = finished_before(options, describe_identity(options, sources, device, census))
+        durable.remove_folder(farm.folder)  # a kill may have come between naming the file and this
+        return summary
     pieces = _cut(farm, options, sources, read, census)
     items = [_item(options, sources, piece) for piece in pieces]
     farm.run(_ROUND, items)

@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 
-from .. import file_lock, terminal
+from .. import file_lock, terminal, timestamp
 from .. import run_dir as run_dirs
 from ..errors import ProttransError, SubmitError, explain
 from ..file_lock import Lock
@@ -44,7 +44,7 @@ def enrol(run_dir: RunDir, start: Start) -> None:
         if old is not None and old.scheduler == start.scheduler:
             run_dirs.write_jobs(run_dir, replace(old, job_ids=(start.job_id, *_alive(start.scheduler, chain))))
         else:
-            run_dirs.write_jobs(run_dir, Jobs(start.scheduler, (start.job_id,), start.host, job_events.now()))
+            run_dirs.write_jobs(run_dir, Jobs(start.scheduler, (start.job_id,), start.host, timestamp.now()))
     except (ProttransError, OSError) as error:
         terminal.warn(f"job.json does not name this job, so that `prottrans runs` does not know it: {explain(error)}")
 

@@ -25,7 +25,7 @@ from .farm_round import Round, item_command
 def preview(plan: FarmPlan, name: str) -> str:
     """What would be submitted for the round of this name, if it has as many items as were asked for."""
     files = FarmFiles(plan.folder / name)
-    return render(plan.shape(files), [item_command(plan, files, number, 1) for number in range(plan.num_jobs)])
+    return render(plan.shape(files), [item_command(plan, files, number, 1, "TOKEN") for number in range(plan.num_jobs)])
 
 
 def run(plan: FarmPlan, name: str, items: Sequence[Item]) -> None:
@@ -73,7 +73,8 @@ def _settle(plan: FarmPlan) -> None:
         job_ids = [job.job_id for job in found[1] if job.state == "submitted" and job.job_id is not None] if found else []
         if found and job_ids and found[0] != "local":
             jobs = open_jobs(plan.shape(files))
-            jobs.cancel(job_ids)
+            if trouble := jobs.cancel(job_ids):
+                terminal.warn(f"{trouble}: waiting for the jobs of an earlier start to end by themselves")
             _wait_until_gone(jobs, job_ids)
         elif job_ids:
             time.sleep(2.0)  # local ones end by themselves within a second

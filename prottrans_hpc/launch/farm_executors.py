@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from submitit.core.core import PicklingExecutor
 
 _FOREVER_MIN = 60 * 24 * 365
+_ARRAY_SIZE = 1_000
+"""Slurm and LSF refuse larger arrays unless the site says otherwise."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,11 @@ class JobShape:
     walltime_min: int | None
     queue: str | None
     account: str | None
+
+
+def largest_array(machine: Machine) -> int:
+    """Jobs that are submitted together, and so many at most are in the queue at the same time."""
+    return min(_ARRAY_SIZE, machine.max_queued_jobs or _ARRAY_SIZE)
 
 
 def _python_words(shape: JobShape) -> str:
@@ -79,7 +86,8 @@ def _slurm(shape: JobShape) -> PicklingExecutor:
         "array_parallelism": shape.num_at_once,
         "stderr_to_stdout": True,
         "setup": [*_setup_lines(shape), f"export SRUN_CPUS_PER_TASK={usable_cpu_cores(node)}"],
-        "additional_parameters": {"requeue": True, **_slurm_options(machine.header_lines)},
+        # All of the memory: exclusive nodes alone give the site's default share of it.
+        "additional_parameters": {"requeue": True, "mem": "0", **_slurm_options(machine.header_lines)},
     }
     # submitit's own default would be refused where accounting knows no such key.
     executor.update_parameters(wckey=None, **{name: value for name, value in parameters.items() if value is not None})
@@ -130,4 +138,4 @@ EXECUTORS: dict[str, Callable[[JobShape], PicklingExecutor]] = {"local": _local,
 
 
 def _setup_lines(shape: JobShape) -> list[str]:
-    return [*shape.machine.setup_lines, f'export PATH={shlex.quote(str(Path(shape.python).parent))}:"$PATH"']
+    return ["set -eo pipefail", *shape.machine.setup_lines, f'export PATH={shlex.quote(str(Path(shape.python).parent))}:"$PATH"']

@@ -11,14 +11,15 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from .. import durable
 from ..errors import ConfigError, DataError
 
-FORMAT = 1
-STATES = ("waiting", "submitted", "done", "failed")
-_OUTCOME = re.compile(r"(\d{5,})\.try-(\d+)\.json")
+FORMAT = 2
+State = Literal["waiting", "submitting", "submitted", "done", "failed"]
+STATES = get_args(State)
+_OUTCOME = re.compile(r"(\d{5,})\.try-(\d+)\.([0-9a-f]+)\.json")
 
 
 @dataclass(frozen=True)
@@ -38,16 +39,16 @@ class FarmFiles:
         return self.folder / "submitit"
 
     def job(self, number: int) -> Path:
-        """What a job runs."""
+        """What a job runs, and the token of the submission that may run it: without the file, or with another token, a job ends by itself."""
         return self.folder / "jobs" / f"{number:05d}.json"
 
     def request(self, number: int, share: int) -> Path:
         """The request of one of a job's commands."""
         return self.folder / "jobs" / f"{number:05d}.{share}.request.json"
 
-    def outcome(self, number: int, attempt: int) -> Path:
-        """How a try of a job ended; written on its node."""
-        return self.folder / "jobs" / f"{number:05d}.try-{attempt}.json"
+    def outcome(self, number: int, attempt: int, token: str) -> Path:
+        """How a try of a job ended; written on its node. Two submissions never share one."""
+        return self.folder / "jobs" / f"{number:05d}.try-{attempt}.{token}.json"
 
     def log(self, number: int) -> Path:
         """What a job printed, all tries."""
@@ -65,14 +66,14 @@ class FarmFiles:
         if status.st_uid != os.getuid() or status.st_mode & 0o022:
             raise ConfigError(f"{self.folder} belongs to another user or can be written by others; a farm's folder must not: chmod go-w it, or remove it")
 
-    def outcomes(self) -> set[tuple[int, int]]:
-        """(number, try) of every outcome that is there."""
+    def outcomes(self) -> set[tuple[int, int, str]]:
+        """(number, try, token) of every outcome that is there."""
         found = (_OUTCOME.fullmatch(name) for name in os.listdir(self.folder / "jobs"))
-        return {(int(match[1]), int(match[2])) for match in found if match}
+        return {(int(match[1]), int(match[2]), match[3]) for match in found if match}
 
-    def code(self, number: int, attempt: int) -> int:
+    def code(self, number: int, attempt: int, token: str) -> int:
         """The exit code of a try."""
-        return int(durable.read_json(self.outcome(number, attempt))["code"])
+        return int(durable.read_json(self.outcome(number, attempt, token))["code"])
 
 
 @dataclass
@@ -81,13 +82,16 @@ class FarmJob:
 
     outputs: tuple[str, ...]
     """It is done when these files are there."""
-    state: Literal["waiting", "submitted", "done", "failed"] = "waiting"
+    state: State = "waiting"
+    """"submitting": the scheduler was asked and has not answered, so that a job may be in the queue of which nothing is known."""
     job_id: str | None = None
     """Of the latest submission."""
     num_tries: int = 0
     """Submissions so far."""
     codes: list[int | None] = field(default_factory=list)
     """Exit code of each try that ended; None: killed without a word."""
+    token: str = ""
+    """Of the latest submission; a job knows by it whether it is still wanted."""
 
     @property
     def has_output(self) -> bool:
@@ -114,4 +118,4 @@ def read_state(files: FarmFiles) -> tuple[str, list[FarmJob]] | None:
 
 
 def _job(values: dict[str, Any]) -> FarmJob:
-    return FarmJob(tuple(values["outputs"]), values["state"], values["job_id"], int(values["num_tries"]), list(values["codes"]))
+    return FarmJob(tuple(values["outputs"]), values["state"], values["job_id"], int(values["num_tries"]), list(values["codes"]), str(values["token"]))

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from ..errors import SubmitError
 from ..terminal import printable
 from . import submission
-from .farm_executors import EXECUTORS, JobShape
+from .farm_executors import EXECUTORS, JobShape, largest_array
 from .farm_item import run as run_command
 from .schedulers import SCHEDULERS
 
@@ -27,8 +27,9 @@ if TYPE_CHECKING:
     from submitit.local.local import LocalJob
 
 _TIMEOUT_S = 120
-_ARRAY_SIZE = 1_000
-"""Slurm and LSF refuse larger arrays unless the site says otherwise."""
+_IDS_PER_CALL = 500
+_ENDED_ALREADY = re.compile("already (finished|completing or completed)|No matching job found|Invalid job id|is being terminated", re.IGNORECASE)
+"""What scancel and bkill say of jobs that need no end any more."""
 _ENDED = frozenset(
     "COMPLETED FAILED BOOT_FAIL NODE_FAIL CANCELLED REVOKED PREEMPTED TIMEOUT DEADLINE OUT_OF_MEMORY FORGOTTEN".split()  # noqa: SIM905 - read as a list
 )
@@ -38,18 +39,18 @@ _ENDED = frozenset(
 class Jobs(Protocol):
     """The jobs of a farm on one scheduler."""
 
-    max_submitted: int | None
-    """So many may be handed over at the same time; None: all, the scheduler holds them back itself."""
+    max_submitted: int
+    """So many may be handed over at the same time."""
     query_every_s: float
 
     def submit(self, commands: Sequence[Sequence[str]]) -> list[str]:
-        """Submit a job for each command; their ids. Raises SubmitError."""
+        """Submit a job for each command, at most `max_submitted`; their ids. Raises SubmitError."""
 
     def alive(self, job_ids: Sequence[str]) -> Mapping[str, bool] | None:
         """Which of the jobs may still do something; None when the scheduler does not say."""
 
-    def cancel(self, job_ids: Sequence[str]) -> None:
-        """End them."""
+    def cancel(self, job_ids: Sequence[str]) -> str | None:
+        """Ask for their end; why that could not be done, or None."""
 
 
 class LocalJobs:
@@ -58,7 +59,7 @@ class LocalJobs:
     query_every_s = 0.2
 
     def __init__(self, shape: JobShape) -> None:
-        self.max_submitted: int | None = shape.num_at_once
+        self.max_submitted = shape.num_at_once
         self._executor = EXECUTORS["local"](shape)
         self._jobs: dict[str, LocalJob[Any]] = {}
 
@@ -72,7 +73,7 @@ class LocalJobs:
         """See Jobs. Those that another process started end with it."""
         return {job_id: job_id in self._jobs and not self._jobs[job_id].done() for job_id in job_ids}
 
-    def cancel(self, job_ids: Sequence[str]) -> None:
+    def cancel(self, job_ids: Sequence[str]) -> str | None:
         """See Jobs."""
         jobs = [self._jobs[job_id] for job_id in job_ids if job_id in self._jobs]
         for job in jobs:
@@ -80,12 +81,12 @@ class LocalJobs:
         end = time.monotonic() + 10
         while any(not job.done() for job in jobs) and time.monotonic() < end:
             time.sleep(0.05)
+        return None
 
 
 class BatchJobs:
     """Jobs of Slurm or LSF."""
 
-    max_submitted: int | None = None
     query_every_s = 30.0
 
     def __init__(self, shape: JobShape) -> None:
@@ -98,14 +99,13 @@ class BatchJobs:
             )
         self._executor = EXECUTORS[scheduler](shape)
         self._scheduler = scheduler
+        self.max_submitted = largest_array(shape.machine)
 
     def submit(self, commands: Sequence[Sequence[str]]) -> list[str]:
         """See Jobs."""
-        jobs: list[Any] = []
         with _stated_environment(self._scheduler):
             try:
-                for start in range(0, len(commands), _ARRAY_SIZE):
-                    jobs += self._executor.map_array(run_command, [list(command) for command in commands[start : start + _ARRAY_SIZE]])
+                jobs: list[Any] = self._executor.map_array(run_command, [list(command) for command in commands])
             except (RuntimeError, OSError) as error:
                 said = " ".join(printable(line, 300) for line in str(error).splitlines() if line.strip())
                 raise SubmitError(f"cannot submit the jobs of the farm: {said or type(error).__name__}") from error
@@ -114,18 +114,26 @@ class BatchJobs:
     def alive(self, job_ids: Sequence[str]) -> Mapping[str, bool] | None:
         """See Jobs."""
         numbers = sorted({job_id.partition("_")[0] for job_id in job_ids})
-        states = (_slurm_states if self._scheduler == "slurm" else _lsf_states)(numbers)
-        return None if states is None else {job_id: states.get(job_id, "FORGOTTEN") not in _ENDED for job_id in job_ids}
+        states: dict[str, str] = {}
+        for start in range(0, len(numbers), _IDS_PER_CALL):
+            found = (_slurm_states if self._scheduler == "slurm" else _lsf_states)(numbers[start : start + _IDS_PER_CALL])
+            if found is None:
+                return None
+            states |= found
+        return {job_id: states.get(job_id, "FORGOTTEN") not in _ENDED for job_id in job_ids}
 
-    def cancel(self, job_ids: Sequence[str]) -> None:
-        """See Jobs."""
-        if self._scheduler == "slurm":
-            words = ["scancel", *job_ids]
-        else:
-            from .lsf_executor import lsf_id
-
-            words = ["bkill", *map(lsf_id, job_ids)]
-        _call(words)
+    def cancel(self, job_ids: Sequence[str]) -> str | None:
+        """See Jobs. Whole arrays, of which all elements are ours: a command line has no room for 100,000 ids."""
+        program = {"slurm": "scancel", "lsf": "bkill"}[self._scheduler]
+        numbers = sorted({job_id.partition("_")[0] for job_id in job_ids})
+        for start in range(0, len(numbers), _IDS_PER_CALL):
+            done = _call(self._scheduler, [program, *numbers[start : start + _IDS_PER_CALL]])
+            if done is None:
+                return f"{program} does not answer"
+            lines = [line for line in done.stderr.splitlines() if line.strip() and not _ENDED_ALREADY.search(line)]
+            if done.returncode and lines:
+                return f"{program} says: {printable(lines[0], 300)}"
+        return None
 
 
 def open_jobs(shape: JobShape) -> Jobs:
@@ -134,20 +142,21 @@ def open_jobs(shape: JobShape) -> Jobs:
 
 
 def render(shape: JobShape, commands: Sequence[Sequence[str]]) -> str:
-    """What would be submitted: the script of the array, or the commands."""
+    """What would be submitted first: the script of the array, or the commands."""
     if shape.machine.scheduler == "local":
         return "".join(f"{shlex.join(command)}\n" for command in commands)
     executor: Any = EXECUTORS[shape.machine.scheduler](shape)
-    if shape.machine.scheduler == "slurm" and len(commands) > 1:
-        executor.parameters["map_count"] = len(commands)
-    elif len(commands) > 1:
-        executor._array_size = len(commands)
+    num_elements = min(len(commands), largest_array(shape.machine))
+    if shape.machine.scheduler == "slurm" and num_elements > 1:
+        executor.parameters["map_count"] = num_elements
+    elif num_elements > 1:
+        executor._array_size = num_elements
     text: str = executor._make_submission_file_text(executor._submitit_command_str, "")
     return text
 
 
 def _slurm_states(numbers: Sequence[str]) -> dict[str, str] | None:
-    done = _call(["squeue", "--noheader", "--states=all", "--array", "--format=%i|%T", f"--jobs={','.join(numbers)}"])
+    done = _call("slurm", ["squeue", "--noheader", "--states=all", "--array", "--format=%i|%T", f"--jobs={','.join(numbers)}"])
     # Slurm forgets ended jobs after some minutes; when it knows none of them it says so.
     if done is None or (done.returncode and "Invalid job id" not in done.stderr):
         return None
@@ -157,7 +166,7 @@ def _slurm_states(numbers: Sequence[str]) -> dict[str, str] | None:
 def _lsf_states(numbers: Sequence[str]) -> dict[str, str] | None:
     from .lsf_executor import FORGOTTEN, read_states, states_argv
 
-    done = _call(states_argv(numbers))
+    done = _call("lsf", states_argv(numbers))
     found = read_states(done.stdout) if done is not None else {}
     if not found:
         return None
@@ -167,11 +176,21 @@ def _lsf_states(numbers: Sequence[str]) -> dict[str, str] | None:
     return states if known.issuperset(numbers) or FORGOTTEN in states.values() else None
 
 
-def _call(words: Sequence[str]) -> subprocess.CompletedProcess[str] | None:
-    """Run a command of the scheduler; None when it does not answer."""
+def _call(scheduler: str, words: Sequence[str]) -> subprocess.CompletedProcess[str] | None:
+    """Run a command of the scheduler, which heeds nothing that a person has set for their own use of it; None when it does not answer."""
+    environment = submission.scrubbed(os.environ, SCHEDULERS[scheduler].inherited_prefixes)
     try:
-        return subprocess.run(list(words), stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=_TIMEOUT_S, check=False)
-    except (subprocess.TimeoutExpired, FileNotFoundError):
+        return subprocess.run(
+            list(words),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            env=environment,
+            timeout=_TIMEOUT_S,
+            check=False,
+        )
+    except (subprocess.TimeoutExpired, OSError):
         return None
 
 

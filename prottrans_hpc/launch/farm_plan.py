@@ -9,7 +9,7 @@ from pathlib import Path
 from .. import config
 from ..errors import ConfigError
 from ..machine import Machine, usable_cpu_cores
-from .farm_executors import JobShape
+from .farm_executors import JobShape, largest_array
 from .farm_files import FarmFiles
 
 
@@ -63,6 +63,11 @@ class FarmPlan:
             return self.cores
         sharing = self.shares_per_job * (self.num_at_once if self.machine.scheduler == "local" else 1)
         return max(1, usable_cpu_cores(self.machine.node) // sharing)
+
+    @property
+    def num_rest(self) -> int:
+        """Jobs that are not in the first array."""
+        return 0 if self.machine.scheduler == "local" else max(0, self.num_jobs - largest_array(self.machine))
 
     def shape(self, files: FarmFiles) -> JobShape:
         """What each job asks for."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import secrets
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from .. import durable, errors, terminal
-from ..errors import FarmError
+from ..errors import FarmError, SubmitError
 from ..stage import Item
 from . import verdicts
 from .farm_files import FarmFiles, FarmJob, read_state, write_state
@@ -19,13 +20,14 @@ from .farm_report import Follower, cause, last_words
 _INCURABLE = frozenset((*verdicts.INCURABLE, errors.CANNOT_WRITE))
 """Exit codes after which another try would end in the same way. It would follow at once: a full disk still is, while the next job of a chain comes later."""
 _LOOK_EVERY_S = 1.0
+_MAX_REFUSALS = 20
 _MAX_STOPS = 50
 """Tries that ended early with their state saved (75); each gets further, so they do not count as failures."""
 
 
-def item_command(plan: FarmPlan, files: FarmFiles, number: int, attempt: int) -> list[str]:
-    """What the job of this number runs, at its attempt of this number (from 1)."""
-    return [plan.python, "-P", "-m", "prottrans_hpc.launch.farm_item", str(files.folder), str(number), str(attempt)]
+def item_command(plan: FarmPlan, files: FarmFiles, number: int, attempt: int, token: str) -> list[str]:
+    """What the job of this number runs, at its attempt of this number (from 1), for the submission of this token."""
+    return [plan.python, "-P", "-m", "prottrans_hpc.launch.farm_item", str(files.folder), str(number), str(attempt), token]
 
 
 @dataclass
@@ -38,11 +40,17 @@ class Round:
     groups: Sequence[Sequence[Item]]
     jobs: list[FarmJob] = field(default_factory=list)
     open: Jobs | None = None
+    inherited: set[int] = field(default_factory=set)
+    """Jobs that an earlier start left in the queue."""
+    has_submitted: bool = False
+    num_refusals: int = 0
+    """Of the scheduler, one after the other."""
+    submits_after: float = 0.0
+    """By the monotonic clock."""
     suspects: set[str] = field(default_factory=set)
     """Job ids that the scheduler called ended while they had left no outcome: their file may still be on its way."""
 
     def __post_init__(self) -> None:
-        self._write_jobs()
         found = read_state(self.files)
         outputs = [tuple(str(item.output) for item in group) for group in self.groups]
         self.jobs = found[1] if found and [job.outputs for job in found[1]] == outputs else [FarmJob(paths) for paths in outputs]
@@ -51,28 +59,36 @@ class Round:
             was_in_queue = job.state == "submitted" and is_batch and found is not None and found[0] == self.plan.machine.scheduler
             if job.has_output:
                 job.state = "done"
-            elif not was_in_queue:
+            elif was_in_queue:
+                self.inherited.add(number)
+            else:
                 # A later start of the command is a new chance for what failed.
-                self.jobs[number] = replace(job, state="waiting", num_tries=job.num_tries, codes=[])
+                self.jobs[number] = replace(job, state="waiting", codes=[])
+        for number in range(max(len(self.jobs), len(found[1]) if found else 0)):
+            if number not in self.inherited:
+                self._disown(number)
         num_done = sum(job.state == "done" for job in self.jobs)
         if num_done:
             terminal.note(f"{self.name}: {num_done} of {len(self.jobs)} jobs were done before")
         self._save()
 
-    def _write_jobs(self) -> None:
+    def _write_job(self, number: int) -> None:
+        """What a job runs, for its latest submission alone."""
         driver = os.getpid() if self.plan.machine.scheduler == "local" else None
-        cores = str(self.plan.cores_per_item)
-        for number, group in enumerate(self.groups):
-            commands = []
-            for share, item in enumerate(group):
-                request = self.files.request(number, share)
-                durable.write_json(request, dict(item.request))
-                argv = [self.plan.python, "-P", "-m", "prottrans_hpc.launch.stage_process", item.stage, str(request), *self.plan.flags]
-                environment = {"OMP_NUM_THREADS": cores}
-                if self.plan.machine.node.num_gpus == 0 or self.plan.shares_per_job > 1:
-                    environment["CUDA_VISIBLE_DEVICES"] = str(share) if self.plan.machine.node.num_gpus else ""
-                commands.append({"argv": argv, "environment": environment})
-            durable.write_json(self.files.job(number), {"driver": driver, "commands": commands})
+        commands = []
+        for share, item in enumerate(self.groups[number]):
+            request = self.files.request(number, share)
+            durable.write_json(request, dict(item.request))
+            argv = [self.plan.python, "-P", "-m", "prottrans_hpc.launch.stage_process", item.stage, str(request), *self.plan.flags]
+            environment = {"OMP_NUM_THREADS": str(self.plan.cores_per_item)}
+            if self.plan.machine.node.num_gpus == 0 or self.plan.shares_per_job > 1:
+                environment["CUDA_VISIBLE_DEVICES"] = str(share) if self.plan.machine.node.num_gpus else ""
+            commands.append({"argv": argv, "environment": environment})
+        durable.write_json(self.files.job(number), {"driver": driver, "token": self.jobs[number].token, "commands": commands})
+
+    def _disown(self, number: int) -> None:
+        """Whatever may still be in the queue for a job ends by itself."""
+        self.files.job(number).unlink(missing_ok=True)
 
     def _save(self) -> None:
         write_state(self.files, self.name, self.plan.machine.scheduler, self.jobs)
@@ -103,15 +119,33 @@ class Round:
         return [job.job_id for job in self.jobs if job.state == "submitted" and job.job_id is not None]
 
     def _submit(self, jobs: Jobs) -> None:
-        waiting = [number for number, job in enumerate(self.jobs) if job.state == "waiting"]
-        if jobs.max_submitted is not None:
-            waiting = waiting[: max(0, jobs.max_submitted - len(self._submitted_ids()))]
-        if not waiting:
+        num_submitted = len(self._submitted_ids())
+        waiting = [number for number, job in enumerate(self.jobs) if job.state == "waiting"][: max(0, jobs.max_submitted - num_submitted)]
+        # A scheduler throttles each array by itself: beside one that is there, only what has a place even if all of that one runs.
+        if not waiting or (num_submitted and num_submitted + len(waiting) > self.plan.num_at_once) or time.monotonic() < self.submits_after:
             return
-        job_ids = jobs.submit([item_command(self.plan, self.files, number, self.jobs[number].num_tries + 1) for number in waiting])
+        try:
+            self._hand_over(jobs, waiting)
+        except SubmitError as error:
+            # Jobs leave the queue some time after they have told that they are done; until then a site's limit may be reached.
+            self.num_refusals += 1
+            if not self.has_submitted or self.num_refusals > _MAX_REFUSALS:
+                raise
+            self._withdraw(("submitting",))
+            self.submits_after = time.monotonic() + jobs.query_every_s
+            terminal.note(f"{self.name}: {error}; asked again in {jobs.query_every_s:.0f} s")
+        else:
+            self.has_submitted, self.num_refusals = True, 0
+
+    def _hand_over(self, jobs: Jobs, waiting: Sequence[int]) -> None:
+        token = secrets.token_hex(8)
+        for number in waiting:
+            self.jobs[number] = replace(self.jobs[number], state="submitting", job_id=None, num_tries=self.jobs[number].num_tries + 1, token=token)
+            self._write_job(number)
+        self._save()  # before the scheduler is asked: whatever happens then, this submission is told from a later one
+        job_ids = jobs.submit([item_command(self.plan, self.files, number, self.jobs[number].num_tries, token) for number in waiting])
         for number, job_id in zip(waiting, job_ids, strict=True):
-            job = self.jobs[number]
-            job.state, job.job_id, job.num_tries = "submitted", job_id, job.num_tries + 1
+            self.jobs[number] = replace(self.jobs[number], state="submitted", job_id=job_id)
         self._save()
         terminal.detail(f"{self.name}: submitted {', '.join(job_ids[:3])}{' ...' if len(job_ids) > 3 else ''} for {len(waiting)} jobs")
 
@@ -122,20 +156,29 @@ class Round:
         for number, job in enumerate(self.jobs):
             if job.state != "submitted" or job.job_id is None:
                 continue
-            code = self.files.code(number, job.num_tries) if (number, job.num_tries) in outcomes else None
+            attempt = (number, job.num_tries, job.token)
+            code = self.files.code(*attempt) if attempt in outcomes else None
             is_gone = alive.get(job.job_id) is False
             # One that was asked to stop may be requeued by submitit, under the same id: only the scheduler knows.
             if code is not None and (code in (errors.DONE, *_INCURABLE) or is_gone):
-                changed = self._end(number, code, advance)
+                self._end(number, code, advance)
+                changed = True
             elif is_gone and job.job_id in self.suspects:
-                changed = self._end(number, None, advance)
+                self._end(number, None, advance)
+                changed = True
             elif is_gone:
                 self.suspects.add(job.job_id)
         if changed:
             self._save()
 
-    def _end(self, number: int, code: int | None, advance: terminal.Advance) -> bool:
+    def _end(self, number: int, code: int | None, advance: terminal.Advance) -> None:
         job = self.jobs[number]
+        # What ended under an earlier start may have been cancelled by its end: that is no failure.
+        is_leftover = number in self.inherited and code not in (errors.DONE, *_INCURABLE)
+        self.inherited.discard(number)
+        if is_leftover:
+            job.state = "waiting"
+            return
         job.codes.append(code)
         num_failures = sum(one not in (errors.DONE, errors.REQUEUE) for one in job.codes)
         if code == errors.DONE and job.has_output:
@@ -146,16 +189,27 @@ class Round:
         else:
             job.state = "waiting"
             terminal.note(f"{self.name}: job {number} {cause(code)}; it is run again ({self.files.log(number)})")
-        return True
 
     def stop(self) -> None:
-        """Cancel everything that may still run; a later start submits it again."""
+        """Cancel everything that may still run. A later start waits until a batch system says that it is gone, and submits it again."""
+        is_local = self.plan.machine.scheduler == "local"
+        is_unanswered = any(job.state == "submitting" for job in self.jobs)
+        self._withdraw(("submitting", "submitted") if is_local else ("submitting",))
         job_ids = self._submitted_ids()
         if job_ids and self.open is not None:
             terminal.note(f"{self.name}: cancelling {len(job_ids)} jobs")
-            self.open.cancel(job_ids)
+            if trouble := self.open.cancel(job_ids):
+                some = ", ".join(job_ids[:3])
+                terminal.warn(f"{trouble}: jobs of {self.name} ({some} ...) may go on; cancel them, or run the command again to go on with them")
+        if is_unanswered and not is_local:
+            name, scheduler = self.plan.name, self.plan.machine.scheduler
+            terminal.note(f"{scheduler} has not said whether it took the last jobs: any that are in the queue under the name {name} end by themselves")
+
+    def _withdraw(self, states: Sequence[str]) -> None:
+        """Jobs of these states are to be submitted again; what may be in the queue for them ends by itself."""
         for number, job in enumerate(self.jobs):
-            if job.state == "submitted":
+            if job.state in states:
+                self._disown(number)
                 self.jobs[number] = replace(job, state="waiting")
         self._save()
 

@@ -1,10 +1,11 @@
-"""The scheduler LSF 10.1, as on Summit: six pure functions; no I/O here."""
+"""The scheduler LSF 10.1, as on Summit: six pure functions, and the hosts of a job from its environment."""
 
 from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from ..errors import ConfigError, SubmitError
 from ..run_dir import RunDir
@@ -21,6 +22,9 @@ _STATES = {
     "SSUSP": State.SUSPENDED,
     "DONE": State.DONE,
     "EXIT": State.FAILED,
+    # Its host does not answer: the job may still run there.
+    "UNKWN": State.UNKNOWN,
+    "ZOMBI": State.UNKNOWN,
 }
 _REASONS = {
     "TERM_RUNLIMIT": State.TIMEOUT,
@@ -127,7 +131,25 @@ def state_argv(job_ids: Sequence[str]) -> list[str]:
 def parse_states(output: str) -> dict[str, State]:
     """Job id -> state; a job that LSF has forgotten is not in it."""
     found = re.findall(r"^\s*(\d+)\|(\w+)(?:\|\s*(\w*))?", output, re.MULTILINE)
-    return {job_id: _REASONS.get(reason, State.FAILED) if state == "EXIT" else _STATES.get(state, State.UNKNOWN) for job_id, state, reason in found}
+    return {job_id: _REASONS.get(reason, State.FAILED) if state == "EXIT" else state_of(state) for job_id, state, reason in found}
+
+
+def state_of(word: str) -> State:
+    """What a state of bjobs means, its reason aside."""
+    return _STATES.get(word, State.UNKNOWN)
+
+
+def compute_hosts(environment: Mapping[str, str]) -> list[str]:
+    """The hosts that LSF gave to a job, each once, without the launch node on which the script runs.
+
+    A launch node's name begins with "batch" or "login"; where all do, there is none.
+    """
+    try:
+        words = Path(environment["LSB_DJOB_HOSTFILE"]).read_text(encoding="ascii").split()
+    except (KeyError, OSError):
+        words = environment.get("LSB_MCPU_HOSTS", "").split()[::2] or environment.get("LSB_HOSTS", "").split()
+    hosts = list(dict.fromkeys(words))
+    return [host for host in hosts if not host.startswith(("batch", "login"))] or hosts
 
 
 def cancel_argv(job_id: str) -> list[str]:

@@ -16,28 +16,25 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from submitit.core import core, job_environment, logger, utils
 
+from .job_state import State
+from .lsf import compute_hosts, state_of
 from .lsf_script import PARAMETERS, REQUEUE_SUFFIX, WARNING_FILE, LsfParameters, render
 
-_STATES = {
-    "PEND": "PENDING",
-    "WAIT": "PENDING",
-    "PROV": "PENDING",
-    "PSUSP": "PENDING",
-    "RUN": "RUNNING",
-    "USUSP": "PREEMPTED",
-    "SSUSP": "PREEMPTED",
-    "UNKWN": "UNKNOWN",
-    "DONE": "COMPLETED",
-    "EXIT": "FAILED",
-    "ZOMBI": "FAILED",
+_WORDS = {
+    State.PENDING: "PENDING",
+    State.RUNNING: "RUNNING",
+    State.SUSPENDED: "PREEMPTED",
+    State.DONE: "COMPLETED",
+    State.FAILED: "FAILED",
 }
+"""submitit's words for the states of a job; it knows no suspended one."""
 FORGOTTEN = "FORGOTTEN"
 """LSF's daemon answered that it does not know the job (any more)."""
 _TIMEOUT_S = 60
@@ -81,7 +78,7 @@ def read_states(output: str) -> dict[str, dict[str, str]]:
     for line in output.splitlines():
         if row := re.fullmatch(r"\s*(\d+)\|(\d*|-)\|([A-Z]+)\|(.*)", line):
             job_id = row[1] if row[2] in ("", "-", "0") else f"{row[1]}_{row[2]}"
-            found[job_id] = {"JobID": job_id, "State": _STATES.get(row[3], "UNKNOWN"), "NodeList": row[4].strip()}
+            found[job_id] = {"JobID": job_id, "State": _WORDS.get(state_of(row[3]), "UNKNOWN"), "NodeList": row[4].strip()}
         elif missing := re.match(r"\s*Job <(\d+)(?:\[(\d+)\])?> is not found", line):
             job_id = f"{missing[1]}_{missing[2]}" if missing[2] else missing[1]
             found[job_id] = {"JobID": job_id, "State": FORGOTTEN}
@@ -170,19 +167,6 @@ def _signal_when_warned(warning: Path, number: int) -> None:
 
 def _first_number(names: Sequence[str], default: int) -> int:
     return next((int(os.environ[name]) for name in names if name in os.environ), default)
-
-
-def compute_hosts(environment: Mapping[str, str]) -> list[str]:
-    """The hosts that LSF gave to a job, each once, without launch nodes, whose names begin with "batch" or "login"."""
-    if path := environment.get("LSB_DJOB_HOSTFILE"):
-        try:
-            words = Path(path).read_text(encoding="ascii").split()
-        except OSError:
-            words = []
-    else:
-        words = environment.get("LSB_MCPU_HOSTS", "").split()[::2]
-    hosts = list(dict.fromkeys(words))
-    return [host for host in hosts if not host.startswith(("batch", "login"))] or hosts
 
 
 class LsfExecutor(core.PicklingExecutor):

@@ -101,7 +101,7 @@ def _by_file(words: str, folder: str, warning_signal: str) -> list[str]:
         'job=$LSB_JOBID; if [ "${LSB_JOBINDEX:-0}" != 0 ]; then job="${LSB_JOBID}[$LSB_JOBINDEX]"; fi',
         f'export {WARNING_FILE}={shlex.quote(folder)}/".warned-$job"',
         f'rm -f "${WARNING_FILE}" "${WARNING_FILE}{REQUEUE_SUFFIX}"',
-        f"""trap 'touch "${WARNING_FILE}"' {warning_signal}""",
+        f"""trap 'touch "${WARNING_FILE}" || :' {warning_signal}""",
         f"(trap '' {warning_signal}; exec {words}) &",
         "task=$! code=0",
         "# A signal ends a wait early.",

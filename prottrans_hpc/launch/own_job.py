@@ -10,10 +10,9 @@ import re
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from ..errors import ConfigError
-from . import hostlist
+from . import hostlist, lsf
 from .schedulers import SCHEDULERS
 
 Environment = Mapping[str, str]
@@ -98,15 +97,6 @@ def _slurm_lost_nodes(output: str) -> list[str]:
     return sorted({node for node, state in found if state.endswith("*") or state.startswith(("down", "fail", "error", "powered_down", "powering_down"))})
 
 
-def _lsf_nodes(environment: Environment) -> list[str]:
-    """The hosts of the job without the launch node on which the script runs; one line a slot."""
-    try:
-        names = Path(environment["LSB_DJOB_HOSTFILE"]).read_text().split()
-    except (KeyError, OSError):
-        names = environment.get("LSB_HOSTS", "").split()
-    return [name for name in dict.fromkeys(names) if not name.startswith(("batch", "login"))]
-
-
 def _lsf_requeue(job_id: str) -> list[str]:
     return ["brequeue", job_id]
 
@@ -123,5 +113,5 @@ VITALS: dict[str, Vitals] = {
         parse_lost_nodes=_slurm_lost_nodes,
     ),
     # LSF requeues what it preempts by itself, under the same id, unless the job was submitted with -rn.
-    "lsf": Vitals(_lsf_nodes, _lsf_requeue),
+    "lsf": Vitals(lsf.compute_hosts, _lsf_requeue),
 }

@@ -51,7 +51,7 @@ SCHEDULERS: dict[str, Scheduler] = {
         slurm.parse_states,
         slurm.cancel_argv,
         job_id_variable="SLURM_JOB_ID",
-        inherited_prefixes=("SLURM_", "SBATCH_", "SRUN_", "PMIX_", "PMI_", "OMPI_"),
+        inherited_prefixes=("SLURM_", "SBATCH_", "SRUN_", "SQUEUE_", "SCANCEL_", "SINFO_", "PMIX_", "PMI_", "OMPI_"),
         # Any --export but ALL makes Slurm log in as the user on the node, which takes seconds to minutes and holds the job when it fails.
         hands_on_environment=True,
         exclude_argv=slurm.exclude_argv,

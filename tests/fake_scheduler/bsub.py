@@ -156,12 +156,13 @@ def main(arguments: Sequence[str]) -> None:
     warning = [options["-wa"], minutes(options["-wt"], "-wt")] if "-wa" in options else None
     check_limits(queue, nodes, walltime, cluster)
     with state.locked():
-        if sum(job["stat"] not in FINISHED for job in state.jobs()) >= cluster["max_queued"]:
-            refuse("User has reached the limit of queued jobs. Job not submitted.")
-        job_id = state.next_id()
         array = NAME.fullmatch(options.get("-J", "job"))
         assert array
-        for index in range(1, int(array["last"]) + 1) if array["last"] else [0]:
+        indices = range(1, int(array["last"]) + 1) if array["last"] else [0]
+        if sum(job["stat"] not in FINISHED for job in state.jobs()) + len(indices) > cluster["max_queued"]:
+            refuse("User has reached the limit of queued jobs. Job not submitted.")
+        job_id = state.next_id()
+        for index in indices:
             element = element_id(job_id, index)
             folder = state.job_folder(element)
             folder.mkdir(parents=True)

@@ -136,7 +136,9 @@ class Daemon:
         for name in ("out", "err"):
             spooled = self.state.job_folder(job["id"]) / name
             if job[name]:
-                with open(job[name].replace("%J", str(job["number"])).replace("%I", str(job["index"])), "ab") as file:
+                path = job[name].replace("%J", str(job["number"])).replace("%I", str(job["index"]))
+                # LSF mails what has no folder any more.
+                with contextlib.suppress(FileNotFoundError), open(path, "ab") as file:
                     file.write(spooled.read_bytes())
 
     def _dispatch(self) -> None:

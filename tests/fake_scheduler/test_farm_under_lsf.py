@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -16,7 +19,7 @@ def machine(tmp_path, lsf, repository):
     python = tmp_path / "python"
     python.write_text(
         "#!/bin/bash\n"
-        f'if [[ "$*" == *stage_process* && "$*" == *00001.0.request.json* && -e {tmp_path}/wait ]]; then\n'
+        f'if [[ "$*" == *stage_process* && -e {tmp_path}/wait && "$*" == *"$(cat {tmp_path}/wait)".0.request.json* ]]; then\n'
         f"  rm {tmp_path}/wait; trap 'touch {tmp_path}/heard; exit 75' TERM; touch {tmp_path}/waiting; sleep 600 & wait\n"
         "fi\n"
         f'exec {sys.executable} "$@"\n'
@@ -52,7 +55,7 @@ def run(lsf, prottrans, *arguments, code=0):
 
 def test_the_bytes_are_those_of_one_process_though_an_item_was_warned_and_queued_again(lsf, tmp_path, machine, fasta, prottrans):
     prottrans("preprocess", str(fasta), "--out", str(tmp_path / "wanted"), "--workers", "1", *RULES)
-    (tmp_path / "wait").touch()
+    (tmp_path / "wait").write_text("00001")
     command = ("preprocess", str(fasta), "--out", str(tmp_path / "corpus"), "--machine", str(machine), "--nodes", "2", "--account", "BIO123", *RULES)
     script = run(lsf, prottrans, *command, "--dry-run").stdout
     assert '#BSUB -J "preprocess-corpus[1-2]%2"' in script
@@ -75,9 +78,7 @@ def jobs(lsf):
 
 
 def test_an_interrupted_farm_takes_its_jobs_out_of_the_queue(lsf, tmp_path, machine, fasta, prottrans):
-    import signal
-
-    (tmp_path / "wait").touch()
+    (tmp_path / "wait").write_text("00001")
     command = ("preprocess", str(fasta), "--out", str(tmp_path / "corpus"), "--machine", str(machine), "--nodes", "2", "--account", "BIO123", *RULES)
     process = subprocess.Popen([*prottrans.argv, *command], env=lsf.environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     lsf.wait_for((tmp_path / "waiting").exists, "the item to wait")
@@ -85,6 +86,83 @@ def test_an_interrupted_farm_takes_its_jobs_out_of_the_queue(lsf, tmp_path, mach
     assert process.wait(180) == 130
     for job in jobs(lsf):
         lsf.wait(job["id"], "EXIT", "DONE")
+
+
+# A file system that takes its time to note what the scheduler has answered: the command is stopped before that.
+FORGETFUL = """
+import pathlib, sys, time
+from prottrans_hpc.launch import cli, farm_round
+write = farm_round.write_state
+def slow(files, name, scheduler, jobs):
+    if any(job.state == "submitted" for job in jobs):
+        pathlib.Path(sys.argv[1]).touch()
+        time.sleep(600)
+    write(files, name, scheduler, jobs)
+farm_round.write_state = slow
+sys.exit(cli.main(sys.argv[2:]))
+"""
+
+
+def test_jobs_that_a_killed_command_never_knew_of_end_by_themselves(lsf, tmp_path, machine, fasta, tiny_checkpoint):
+    few = tmp_path / "few.fasta"
+    few.write_bytes(b">" + b">".join(fasta.read_bytes().split(b">")[1:60]))
+    (tmp_path / "wait").write_text("00000")
+    out = ("--out", str(tmp_path / "out.h5"), "--device", "cpu")
+    command = ("embed", str(tiny_checkpoint), str(few), *out, "--machine", str(machine), "--items", "1", "--account", "BIO123")
+    process = subprocess.Popen([sys.executable, "-P", "-c", FORGETFUL, str(tmp_path / "mark"), *command], env=lsf.environment, stderr=subprocess.DEVNULL)
+    lsf.wait_for(lambda: (tmp_path / "mark").exists() and (tmp_path / "waiting").exists(), "the job that nobody knows of")
+    process.kill()
+    process.wait(60)
+    second = subprocess.Popen([sys.executable, "-P", "-c", COMMAND, *command], env=lsf.environment, stderr=subprocess.PIPE, text=True)
+    lsf.wait_for((tmp_path / "heard").exists, "the forgotten item to be told to stop", timeout_s=60)
+    _, said = second.communicate(timeout=300)
+    assert second.returncode == 0, said
+    for job in jobs(lsf):
+        lsf.wait(job["id"], "EXIT", "DONE")
+
+
+COMMAND = "import sys; from prottrans_hpc.launch import cli; sys.exit(cli.main(sys.argv[1:]))"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_a_command_that_is_stopped_while_bsub_answers_says_what_may_be_left(lsf, tmp_path, machine, fasta, prottrans, number):
+    bsub = next(path for path in map(Path, lsf.environment["PATH"].split(os.pathsep)) if (path / "bsub").exists()) / "bsub"
+    quick = bsub.read_text()
+    bsub.write_text(quick.replace("exec ", "") + f"touch {tmp_path}/submitted; sleep 600\n")
+    prottrans("preprocess", str(fasta), "--out", str(tmp_path / "wanted"), "--workers", "1", *RULES)
+    command = ("preprocess", str(fasta), "--out", str(tmp_path / "corpus"), "--machine", str(machine), "--nodes", "2", "--account", "BIO123", *RULES)
+    process = subprocess.Popen([*prottrans.argv, *command], env=lsf.environment, stderr=subprocess.PIPE, text=True)
+    lsf.wait_for((tmp_path / "submitted").exists, "the submission")
+    process.send_signal(number)
+    _, said = process.communicate(timeout=180)
+    assert ("any that are in the queue under the name preprocess-corpus end by themselves" in said) == (number == signal.SIGINT)
+    bsub.write_text(quick)
+    run(lsf, prottrans, *command)
+    files = {folder: {path.name: path.read_bytes() for path in (tmp_path / folder).iterdir()} for folder in ("wanted", "corpus")}
+    assert files["corpus"] == files["wanted"]
+
+
+IMPATIENT = COMMAND.replace("import cli;", "import cli, farm_jobs; farm_jobs.BatchJobs.query_every_s = 2.0;")
+
+
+def test_more_jobs_than_may_be_queued_go_one_array_after_the_other(lsf, tmp_path, machine, fasta, prottrans):
+    lsf.configure(max_queued=3)
+    machine.write_text(machine.read_text().replace("account_required", "max_queued_jobs = 3\naccount_required"))
+    prottrans("preprocess", str(fasta), "--out", str(tmp_path / "wanted"), "--workers", "1", *RULES)
+    command = ("preprocess", str(fasta), "--out", str(tmp_path / "corpus"), "--machine", str(machine), "--nodes", "2", "--account", "BIO123")
+    shown = run(lsf, prottrans, *command, "--items", "5", *RULES, "--dry-run")
+    assert '#BSUB -J "preprocess-corpus[1-3]%2"' in shown.stdout
+    assert "the first 3 jobs; the other 2 follow in arrays of this size, one after the other" in shown.stderr
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-c", IMPATIENT, *command, "--items", "5", *RULES], env=lsf.environment, stderr=subprocess.PIPE, text=True
+    )
+    _, said = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    files = {folder: {path.name: path.read_bytes() for path in (tmp_path / folder).iterdir()} for folder in ("wanted", "corpus")}
+    assert files["corpus"] == files["wanted"]
+    sizes = [sum(job["number"] == number for job in jobs(lsf)) for number in sorted({job["number"] for job in jobs(lsf)})]
+    assert sizes[0] == max(sizes) == 3
+    assert len(sizes) > 2
 
 
 def test_the_account_is_asked_for(lsf, tmp_path, machine, fasta, prottrans):

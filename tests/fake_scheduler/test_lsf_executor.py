@@ -12,7 +12,7 @@ submitit = pytest.importorskip("submitit")
 from submitit.core import utils  # noqa: E402
 
 from prottrans_hpc.launch import lsf_executor  # noqa: E402
-from prottrans_hpc.launch.lsf_executor import FORGOTTEN, LsfExecutor, LsfJob, LsfJobEnvironment, compute_hosts, lsf_id, read_states  # noqa: E402
+from prottrans_hpc.launch.lsf_executor import FORGOTTEN, LsfExecutor, LsfJob, LsfJobEnvironment, lsf_id, read_states  # noqa: E402
 
 SUMMIT = {"lsf_project": "BIO123", "lsf_allocation": "nodes", "lsf_rerunnable": True}
 
@@ -174,10 +174,11 @@ def test_what_bsub_refuses_is_told(executor):
 
 
 def test_states_in_what_bjobs_prints():
-    output = (
-        "100|0|RUN|batch1:a1\n101|1|DONE|a2\n101|2|EXIT|a2\n102|-|PEND|-\n103|0|NEWSTATE|-\nJob <104> is not found\nJob <105[2]> is not found\nCannot connect\n"
+    lines = (
+        *("100|0|RUN|batch1:a1", "101|1|DONE|a2", "101|2|EXIT|a2", "102|-|PEND|-", "103|0|NEWSTATE|-", "106|1|ZOMBI|a3", "107|0|UNKWN|a3", "108|0|SSUSP|a3"),
+        *("Job <104> is not found", "Job <105[2]> is not found", "Cannot connect"),
     )
-    assert {job_id: info["State"] for job_id, info in read_states(output).items()} == {
+    assert {job_id: info["State"] for job_id, info in read_states("\n".join(lines)).items()} == {
         "100": "RUNNING",
         "101_1": "COMPLETED",
         "101_2": "FAILED",
@@ -185,6 +186,10 @@ def test_states_in_what_bjobs_prints():
         "103": "UNKNOWN",
         "104": FORGOTTEN,
         "105_2": FORGOTTEN,
+        # Jobs whose host does not answer may still run: they must not be taken for ended.
+        "106_1": "UNKNOWN",
+        "107": "UNKNOWN",
+        "108": "PREEMPTED",
     }
     assert read_states("LSF is down. Please wait ...") == {}
 
@@ -202,15 +207,6 @@ def test_ids_in_lsf_s_spelling():
     assert lsf_id("12_3") == "12[3]"
     with pytest.raises(utils.FailedSubmissionError, match="instead of a job id"):
         LsfExecutor._get_job_id_from_submission_command("Request aborted by esub.")
-
-
-def test_hosts_without_the_launch_node(tmp_path):
-    hostfile = tmp_path / "hosts"
-    hostfile.write_text("batch3\n" + "a1\n" * 42 + "a2\n" * 42)
-    assert compute_hosts({"LSB_DJOB_HOSTFILE": str(hostfile)}) == ["a1", "a2"]
-    assert compute_hosts({"LSB_MCPU_HOSTS": "batch3 1 h7 42 h9 42 "}) == ["h7", "h9"]
-    assert compute_hosts({"LSB_MCPU_HOSTS": "login1 4"}) == ["login1"]
-    assert compute_hosts({}) == []
 
 
 @pytest.mark.parametrize("prefix", ["JSM_NAMESPACE", "OMPI_COMM_WORLD"])

@@ -14,7 +14,7 @@ from prottrans_hpc import config
 from prottrans_hpc.errors import ConfigError
 from prottrans_hpc.launch import farm
 from prottrans_hpc.launch.demand import Demand
-from prottrans_hpc.launch.farm_options import plan_farm
+from prottrans_hpc.launch.farm_options import FarmDemand, plan_farm
 from prottrans_hpc.machine import read_machine
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
@@ -24,9 +24,9 @@ MACHINES = config.shipped_names("hpc")
 
 def plan(stage: str, machine: str, demand: Demand | None = None, *, num_items: int | None = None, **changes) -> farm.FarmPlan:
     account = "ABC123" if read_machine(machine).account_required else None
-    out = Path("/data/bfd" if stage == "preprocess" else "/data/bfd.h5")
-    options = {"out": out, "one_a_gpu": stage == "embed", "follow": False, "dry_run": True} | changes
-    found = plan_farm(stage, machine, demand or Demand(num_nodes=4), account, num_items, **options)
+    asked = FarmDemand(machine, demand or Demand(num_nodes=4), account, num_items, dry_run=True)
+    options = {"out": Path("/data/bfd" if stage == "preprocess" else "/data/bfd.h5"), "one_a_gpu": stage == "embed"} | changes
+    found = plan_farm(stage, asked, **options)
     assert found is not None
     return replace(found, machine=replace(found.machine, python="/venv/bin/python"))
 
@@ -83,7 +83,7 @@ def test_walltime_and_queue_come_from_the_profile():
 
 
 def test_a_laptop_without_sizes_works_in_this_process():
-    assert plan_farm("embed", "laptop", Demand(), None, None, out=Path("x.h5"), one_a_gpu=True, follow=False, dry_run=False) is None
+    assert plan_farm("embed", FarmDemand("laptop"), out=Path("x.h5"), one_a_gpu=True) is None
 
 
 @pytest.mark.parametrize(
@@ -92,11 +92,21 @@ def test_a_laptop_without_sizes_works_in_this_process():
         ("laptop", Demand(num_racks=1), "has no racks"),
         ("summit", Demand(num_gpus=4), "jobs take whole nodes"),
         ("rhea", Demand(num_gpus=4), "take whole nodes"),
+        ("slurm_cluster", Demand(num_nodes=40), "slurm_cluster has 4 nodes; 40 were asked for: take --nodes 4"),
+        ("slurm_cluster", Demand(num_gpus=40), r"has 4 nodes \(32 GPUs\); 5 were asked for"),
+        ("summit", Demand(num_racks=300), "summit has 256 racks; 300 were asked for: take --racks 256"),
+        ("summit", Demand(num_nodes=4609), "summit has 4,608 nodes; 4,609 were asked for"),
     ],
 )
 def test_sizes_that_a_machine_does_not_have(machine, demand, message):
     with pytest.raises(ConfigError, match=message):
         plan("preprocess", machine, demand)
+
+
+@pytest.mark.parametrize(("machine", "name"), [("laptop", "50%"), ("slurm_cluster", "%j"), ("summit", "100%J"), ("summit", "a$b"), ("summit", 'a"b')])
+def test_paths_that_a_job_script_would_misread_are_refused(machine, name):
+    with pytest.raises(ConfigError, match="job scripts would misread: choose another --out"):
+        plan("preprocess", machine, out=Path("/data") / name / "corpus")
 
 
 def script_with(*header_lines: str) -> list[str]:
@@ -108,6 +118,21 @@ def script_with(*header_lines: str) -> list[str]:
 def test_header_lines_that_submitit_cannot_take_are_refused(line):
     with pytest.raises(ConfigError, match="a farm takes lines of the form"):
         script_with(line)
+
+
+@pytest.mark.parametrize(("machine", "starter"), [("slurm_cluster", "srun"), ("summit", "jsrun")])
+def test_nothing_is_started_where_the_environment_cannot_be_prepared(tmp_path, machine, starter):
+    (tmp_path / starter).write_text(f"#!/bin/bash\ntouch {tmp_path}/started\n")
+    (tmp_path / starter).chmod(0o755)
+    found = plan("preprocess", machine)
+    codes = []
+    for setup_line in ("true", "false | cat"):
+        script = farm.preview(replace(found, folder=tmp_path, machine=replace(found.machine, setup_lines=(setup_line,))), "x")
+        environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "LSB_JOBID": "1"}
+        codes.append(subprocess.run(["bash"], input=script, env=environment, cwd=tmp_path, text=True, timeout=60, check=False).returncode)
+        assert (tmp_path / "started").exists() == (setup_line == "true")
+        (tmp_path / "started").unlink(missing_ok=True)
+    assert codes == [0, 1]
 
 
 def test_header_lines_of_slurm():

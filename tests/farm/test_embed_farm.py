@@ -39,6 +39,11 @@ def test_the_bytes_are_those_of_one_process(tmp_path, prottrans, command, wanted
     assert [path.name for path in tmp_path.iterdir() if path.name != "machine"] == ["out.h5"]
     assert "is complete already" in prottrans(*command, "--items", "3").stderr
     assert machine.take_calls() == []
+    # What a kill behind the last rename has left goes, too.
+    (tmp_path / "out.h5.farm" / "pieces").mkdir(parents=True)
+    (tmp_path / "out.h5.farm").chmod(0o700)
+    prottrans(*command, "--items", "3")
+    assert [path.name for path in tmp_path.iterdir() if path.name != "machine"] == ["out.h5"]
 
 
 def test_finished_items_are_not_run_again(tmp_path, prottrans, command, wanted, machine):

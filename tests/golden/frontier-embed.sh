@@ -9,6 +9,7 @@
 #SBATCH --gpu-bind=closest
 #SBATCH --gpus-per-node=8
 #SBATCH --job-name=embed-bfd
+#SBATCH --mem=0
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
 #SBATCH --open-mode=append
@@ -19,6 +20,7 @@
 #SBATCH --time=120
 
 # setup
+set -eo pipefail
 module load PrgEnv-gnu/8.7.0 cpe/26.03 rocm/7.1.1 craype-accel-amd-gfx90a rccl-net-plugin
 export LD_LIBRARY_PATH=$CRAY_LD_LIBRARY_PATH:$LD_LIBRARY_PATH
 export NCCL_SOCKET_IFNAME=hsn0,hsn1,hsn2,hsn3

@@ -6,6 +6,7 @@
 #SBATCH --exclusive
 #SBATCH --gpus-per-node=4
 #SBATCH --job-name=preprocess-bfd
+#SBATCH --mem=0
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
 #SBATCH --open-mode=append
@@ -16,6 +17,7 @@
 #SBATCH --time=1440
 
 # setup
+set -eo pipefail
 export PATH=/venv/bin:"$PATH"
 export SRUN_CPUS_PER_TASK=144
 

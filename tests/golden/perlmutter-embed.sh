@@ -8,6 +8,7 @@
 #SBATCH --exclusive
 #SBATCH --gpus-per-node=4
 #SBATCH --job-name=embed-bfd
+#SBATCH --mem=0
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
 #SBATCH --open-mode=append
@@ -19,6 +20,7 @@
 #SBATCH --time=2880
 
 # setup
+set -eo pipefail
 export PATH=/venv/bin:"$PATH"
 export SRUN_CPUS_PER_TASK=64
 

@@ -6,6 +6,7 @@
 #SBATCH --cpus-per-task=16
 #SBATCH --exclusive
 #SBATCH --job-name=preprocess-bfd
+#SBATCH --mem=0
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
 #SBATCH --open-mode=append
@@ -16,6 +17,7 @@
 #SBATCH --time=2880
 
 # setup
+set -eo pipefail
 module load gcc openmpi
 export PATH=/venv/bin:"$PATH"
 export SRUN_CPUS_PER_TASK=16

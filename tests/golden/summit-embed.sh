@@ -10,6 +10,7 @@
 #BSUB -o /data/bfd.h5.farm/embed/submitit/%J_%I_0_log.out
 #BSUB -alloc_flags "smt4 nvme"
 
+set -eo pipefail
 module load gcc spectrum-mpi cuda
 export PATH=/venv/bin:"$PATH"
 
@@ -18,7 +19,7 @@ export SUBMITIT_EXECUTOR=lsf
 job=$LSB_JOBID; if [ "${LSB_JOBINDEX:-0}" != 0 ]; then job="${LSB_JOBID}[$LSB_JOBINDEX]"; fi
 export SUBMITIT_LSF_WARNING_FILE=/data/bfd.h5.farm/embed/submitit/".warned-$job"
 rm -f "$SUBMITIT_LSF_WARNING_FILE" "$SUBMITIT_LSF_WARNING_FILE.requeue"
-trap 'touch "$SUBMITIT_LSF_WARNING_FILE"' USR2
+trap 'touch "$SUBMITIT_LSF_WARNING_FILE" || :' USR2
 (trap '' USR2; exec jsrun -n 1 -r 1 -a 1 -c 42 -g 6 -b packed:42 -l gpu-cpu -d packed /venv/bin/python -P -u -m submitit.core._submit /data/bfd.h5.farm/embed/submitit) &
 task=$! code=0
 # A signal ends a wait early.

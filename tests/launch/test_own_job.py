@@ -24,6 +24,18 @@ def test_lsf_does_not_count_so_the_run_directory_does(tmp_path: Path) -> None:
     assert (found.job_id, found.restart, found.nodes) == ("5", 2, ("h36n03", "h36n04"))
 
 
+def test_hosts_of_lsf_without_the_launch_node(tmp_path: Path) -> None:
+    hosts = tmp_path / "hosts"
+    hosts.write_text("batch3\n" + "a1\n" * 42 + "a2\n" * 42)
+    nodes = VITALS["lsf"].nodes
+    assert nodes({"LSB_DJOB_HOSTFILE": str(hosts), "LSB_MCPU_HOSTS": "h7 42"}) == ["a1", "a2"]
+    assert nodes({"LSB_DJOB_HOSTFILE": str(tmp_path / "gone"), "LSB_MCPU_HOSTS": "batch3 1 h7 42 h9 42 "}) == ["h7", "h9"]
+    assert nodes({"LSB_HOSTS": "batch3 h7 h7 h9"}) == ["h7", "h9"]
+    # A cluster without launch nodes may call all of its nodes so.
+    assert nodes({"LSB_MCPU_HOSTS": "login1 4"}) == ["login1"]
+    assert nodes({}) == []
+
+
 def test_outside_of_a_job_nothing_begins() -> None:
     with pytest.raises(ConfigError, match="SLURM_JOB_ID is not set"):
         identify("slurm", {"LSB_JOBID": "5"}, earlier_starts=lambda job_id: 0)

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import click
 
-from ..demand import Demand
-from ..farm_options import absolute, farm_options, plan_farm, run_on_farm
+from ..farm_options import FarmDemand, absolute, farm_options, plan_farm, run_on_farm
 from ..options import INVALID, PRECISIONS, as_json, examples, path_argument, path_option, run_here, verbosity
 
 _EXAMPLES = examples(
@@ -38,12 +37,7 @@ def embed(
     out: Path,
     also: Path | None,
     as_json: bool,
-    machine: str,
-    demand: Demand,
-    account: str | None,
-    items: int | None,
-    dry_run: bool,
-    follow: bool,
+    asked: FarmDemand,
     **choices: object,
 ) -> None:
     """Write embeddings of the proteins in FASTA files, in their order, to an HDF5 file.
@@ -56,9 +50,9 @@ def embed(
         raise click.UsageError("--pool none without --per-residue leaves nothing to write")
     request = {"source": str(source), "fasta": [str(path) for path in fasta], "out": str(out), "json": as_json, **choices}
     request |= {"also": str(also) if also else None}
-    farm = plan_farm("embed", machine, demand, account, items, out=out, one_a_gpu=True, follow=follow, dry_run=dry_run)
+    farm = plan_farm("embed", asked, out=out, one_a_gpu=True)
     if farm is None:
         run_here("embed", request)
         return
     request |= {"source": str(source.absolute()), "fasta": absolute(fasta), "out": str(out.absolute()), "also": str(also.absolute()) if also else None}
-    run_on_farm("embed", request, farm, first_round="embed", dry_run=dry_run, fresh=False)
+    run_on_farm("embed", request, farm, first_round="embed", dry_run=asked.dry_run, fresh=False)

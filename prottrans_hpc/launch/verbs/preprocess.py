@@ -11,8 +11,7 @@ import click
 from click.core import ParameterSource
 
 from ... import terminal
-from ..demand import Demand
-from ..farm_options import absolute, farm_options, plan_farm, run_on_farm
+from ..farm_options import FarmDemand, absolute, farm_options, plan_farm, run_on_farm
 from ..options import INVALID, as_json, examples, path_argument, path_option, run_here, verbosity
 
 _EXAMPLES = examples(
@@ -54,12 +53,7 @@ def preprocess(
     no_names: bool,
     clusters: Path | None,
     as_json: bool,
-    machine: str,
-    demand: Demand,
-    account: str | None,
-    items: int | None,
-    dry_run: bool,
-    follow: bool,
+    asked: FarmDemand,
     campaign: str | None,
     **rules: Any,
 ) -> None:
@@ -76,7 +70,7 @@ def preprocess(
         rules = _with_campaign(campaign, rules, context, quiet=mpi)
     request = {"inputs": [str(path) for path in inputs], "out": str(out), "workers": workers or len(os.sched_getaffinity(0)), "mpi": mpi}
     request |= {"clusters": str(clusters) if clusters else None, "compression": None, "json": as_json, **rules}
-    farm = plan_farm("preprocess", machine, demand, account, items, out=out, one_a_gpu=False, follow=follow, dry_run=dry_run)
+    farm = plan_farm("preprocess", asked, out=out, one_a_gpu=False)
     if farm is None:
         run_here("preprocess", request)
         if campaign and not mpi:
@@ -85,8 +79,8 @@ def preprocess(
     if mpi:
         raise click.UsageError("--mpi shares the work among ranks that were started already; leave it out with --machine, --nodes or --items")
     request |= {"inputs": absolute(inputs), "out": str(out.absolute())}
-    run_on_farm("preprocess", request, replace(farm, cores=workers), first_round="01-scan", dry_run=dry_run, fresh=True)
-    if campaign and not dry_run:
+    run_on_farm("preprocess", request, replace(farm, cores=workers), first_round="01-scan", dry_run=asked.dry_run, fresh=True)
+    if campaign and not asked.dry_run:
         _compare(campaign, out)
 
 
