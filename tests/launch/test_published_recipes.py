@@ -16,7 +16,7 @@ from prottrans_hpc.launch.batch_arithmetic import plan_batches
 from prottrans_hpc.launch.campaign import is_campaign, read_campaign
 from prottrans_hpc.launch.checks import check_model
 from prottrans_hpc.launch.demand import Demand
-from prottrans_hpc.launch.memory_fit import GIB
+from prottrans_hpc.launch.memory_room import GIB
 from prottrans_hpc.launch.prospect import look_ahead
 from prottrans_hpc.machine import read_machine
 from prottrans_hpc.recipe import read_recipe
