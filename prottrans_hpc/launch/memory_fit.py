@@ -14,7 +14,7 @@ from typing import Any
 from ..architecture import Architecture
 from ..errors import ConfigError
 from ..machine import Machine
-from ..parallel_layout import ParallelLayout, layout_on
+from ..parallel_layout import ParallelLayout
 from ..precision_levels import LEVELS
 from ..recipe import Recipe
 from ..recipe_objectives import Denoising
@@ -22,6 +22,7 @@ from .batch_arithmetic import PhaseBatch
 from .memory_need import MemoryNeed, Rank, need_of
 from .memory_room import GIB, MARGIN, Room, host_text, memory_gib, room_on
 from .recomputation import Tokens
+from .sharding_fit import check_sharding
 
 _STEP_RESIDUES = 256
 
@@ -49,7 +50,9 @@ def check_memory(recipe: Recipe, machine: Machine, chosen: Architecture, shape: 
     room, memory = room_on(machine, num_ranks), memory_gib(machine, num_ranks)
     if room is None or memory is None:
         return None
-    need = memory_need(recipe, chosen, shape, batches, on_gpu=machine.node.gpu is not None, layout=_layout(recipe, machine, batches))
+    need = memory_need(
+        recipe, chosen, shape, batches, on_gpu=machine.node.gpu is not None, layout=check_sharding(recipe, machine, chosen, shape, num_ranks=num_ranks)
+    )
     if room.holds(need):
         return need
     place = f"{machine.node.gpu.name} of {machine.name} has" if machine.node.gpu else f"a rank on {machine.name} has"
@@ -61,14 +64,10 @@ def check_memory(recipe: Recipe, machine: Machine, chosen: Architecture, shape: 
     )
 
 
-def _layout(recipe: Recipe, machine: Machine, batches: list[PhaseBatch]) -> ParallelLayout:
-    return layout_on(recipe.parallel, machine, batches[0].num_ranks)
-
-
 def _need_by_bins(recipe: Recipe, machine: Machine, chosen: Architecture, shape: Any, batches: list[PhaseBatch]) -> Callable[[int], MemoryNeed]:
     """What a rank needs as a function of `loading.bin_residues`."""
 
-    rank = Rank(machine.node.gpu is not None, _layout(recipe, machine, batches))
+    rank = Rank(machine.node.gpu is not None, check_sharding(recipe, machine, chosen, shape, num_ranks=batches[0].num_ranks))
 
     def needed_with(bin_residues: int) -> MemoryNeed:
         sizes = [min(bin_residues, batch.fullest_micro_batch(recipe.phases[batch.phase].max_residues)) for batch in batches]

@@ -16,7 +16,7 @@ from ..architecture import Architecture
 from ..architectures.growth import grown
 from ..errors import ConfigError
 from ..machine import Machine
-from ..parallel_layout import ParallelLayout, layout_on
+from ..parallel_layout import ParallelLayout
 from ..precision_levels import LEVELS
 from ..recipe import Recipe
 from .memory_fit import planned_tokens, sequence_lengths
@@ -26,6 +26,7 @@ from .memory_room import GIB, Room, budget_on, room_on
 from .memory_table import policies_of
 from .memory_time import MicroBatch, Speed, speed_of, time_factor
 from .recomputation import Tokens
+from .sharding_fit import check_sharding
 
 MOST_LAYERS, MOST_SEQUENCES = 100_000, 1_000_000
 EPOCH_RESIDUES = 88e9
@@ -86,12 +87,13 @@ def setting_on(recipe: Recipe, machine: Machine, *, num_ranks: int, usable_bytes
     network = machine.network
     crosses = network is not None and num_ranks > machine.ranks_per_node
     record = architecture.get(recipe.architecture.name)
+    shape: Any = record.size(recipe.architecture.size).shape
     return Setting(
         recipe,
         record,
-        record.size(recipe.architecture.size).shape,
+        shape,
         num_ranks,
-        layout_on(recipe.parallel, machine, num_ranks),
+        check_sharding(recipe, machine, record, shape, num_ranks=num_ranks),
         room,
         machine.node.gpu is not None,
         speed_of(machine.node.gpu, recipe.precision),

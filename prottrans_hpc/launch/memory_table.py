@@ -9,7 +9,7 @@ from typing import Any
 from .. import architecture
 from ..errors import ConfigError
 from ..machine import Machine
-from ..parallel_layout import ParallelLayout, layout_on
+from ..parallel_layout import ParallelLayout
 from ..precision_levels import LEVELS
 from ..recipe import Recipe
 from .batch_arithmetic import PhaseBatch, plan_batches
@@ -21,6 +21,7 @@ from .memory_policies import POLICIES, Policy
 from .memory_room import GIB, MARGIN, host_memory_gib, memory_gib, room_on
 from .memory_time import MicroBatch, speed_of, time_factor
 from .recomputation import Tokens
+from .sharding_fit import check_sharding
 
 OWN = "as in the recipe"
 """The name of the recipe's own section of memory, where it is none of the policies."""
@@ -56,15 +57,15 @@ def policies_of(recipe: Recipe) -> dict[str, Policy]:
 
 def planned_rows(recipe: Recipe, machine: Machine, *, num_ranks: int) -> list[Row]:
     """Every policy for the fullest micro batch of a rank."""
-    layout = layout_on(recipe.parallel, machine, num_ranks)
+    record = architecture.get(recipe.architecture.name)
+    shape = record.size(recipe.architecture.size).shape
+    layout = check_sharding(recipe, machine, record, shape, num_ranks=num_ranks)
     batches = plan_batches(recipe, num_ranks=layout.num_data_ranks)
     longest = max(batches, key=lambda batch: batch.fullest_micro_batch(recipe.phases[batch.phase].max_residues))
     micro = MicroBatch(_tokens(recipe, longest), longest.num_micro_batches)
     rows = []
     for name, policy in policies_of(recipe).items():
         own = policy.of(recipe)
-        record = architecture.get(recipe.architecture.name)
-        shape = record.size(recipe.architecture.size).shape
         need = need_on(own, record, shape, batches, on_gpu=machine.node.gpu is not None, layout=layout)
         speed = speed_of(machine.node.gpu, own.precision)
         rows.append(Row(name, policy, need, time_factor(own, record, shape, micro, need, speed), _fits(need, machine, num_ranks)))
