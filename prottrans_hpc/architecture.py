@@ -224,7 +224,8 @@ def get(name: str) -> Architecture:
     """A registered architecture. Raises ConfigError with the known names, or with what broke in a plug-in."""
     registered = _registered()
     if name not in registered:
-        close = difflib.get_close_matches(name, registered, n=1)
+        # A size or a recipe of a family has its name with more behind it.
+        close = sorted((own for own in registered if name.startswith(f"{own}_")), key=len)[-1:] or difflib.get_close_matches(name, registered, n=1)
         hint = f" (did you mean {close[0]!r}?)" if close else ""
         raise ConfigError(f"no architecture is called {name!r}{hint}; registered are {', '.join(sorted(registered))}")
     source = registered[name]

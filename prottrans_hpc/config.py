@@ -34,6 +34,8 @@ T = typing.TypeVar("T")
 
 _PACKAGE = Path(__file__).resolve().parent
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_LEAST_BEGINNING, _MOST_MEANT = 3, 4
+"""Letters that tell which names somebody has begun to type; so many of those are told, not more."""
 
 
 def check_name(name: str, *, what: str) -> str:
@@ -63,7 +65,7 @@ def find_file(kind: str, name_or_path: str) -> Path:
         return path
     path = folder_of(kind) / f"{check_name(name_or_path, what='the value')}.toml"
     if not path.is_file():
-        raise ConfigError(f"nothing in {kind}/ is called {name_or_path!r}{_nearest(name_or_path, shipped_names(kind))}; a path must end in .toml")
+        raise ConfigError(f"nothing in {kind}/ is called {name_or_path!r}{meant(name_or_path, shipped_names(kind))}; a path must end in .toml")
     return path
 
 
@@ -171,6 +173,14 @@ def _without_tags(noun: Any, location: list[str]) -> list[str]:
         noun = _member(noun, part)
         is_tag = len(_alternatives(noun)) > 1 and all(dataclasses.is_dataclass(kind) for kind in _alternatives(noun))
     return keys
+
+
+def meant(name: str, known: list[str]) -> str:
+    """A hint behind a name that nothing has: the names that begin with it, else the one most like it, else all."""
+    begun = [one for one in known if one.startswith(name)] if len(name) >= _LEAST_BEGINNING else []
+    if not begun:
+        return _nearest(name, known)
+    return f" (did you mean {' or '.join(map(repr, begun))}?)" if len(begun) <= _MOST_MEANT else f" (with it begin {', '.join(begun)})"
 
 
 def _nearest(word: str, known: list[str]) -> str:

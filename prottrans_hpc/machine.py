@@ -22,7 +22,7 @@ class Gpu:
     peak_tflops: dict[str, Positive]
     """Dense peak by the type of matrix products (fp32, tf32, bf16, fp16); a missing precision is not supported."""
     sustained_tflops: dict[str, Positive] | None = None
-    """What a training was seen to reach, by the same types; projections without measurements take it before an assumed share of the peak."""
+    """What a training was seen to reach, by the same types; plans and projections take it before an assumed share of the peak."""
     host_bytes_per_s: Positive | None = None
     """One way between the GPU and its host's memory; None: as PCIe 3.0 is taken to reach."""
 

@@ -83,6 +83,12 @@ def test_an_unknown_name_lists_the_known_ones():
     assert f"registered are {', '.join(architecture.names())}" in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["prot_t5_xl", "prot_t5_xl_bfd"])
+def test_the_name_of_a_size_is_answered_with_its_family_and_not_with_one_that_looks_like_it(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"did you mean 'prot_t5'\?"):
+        architecture.get(name)
+
+
 def test_an_unknown_size_lists_the_known_ones():
     with pytest.raises(ConfigError, match=r"no size 'huge'; its sizes are .*tiny"):
         architecture.get("prot_bert").size("huge")

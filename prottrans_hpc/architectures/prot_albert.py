@@ -11,7 +11,7 @@ from pydantic.dataclasses import dataclass
 
 from ..architecture import Architecture, Size, TensorParallel, Vocabulary
 from ..config import STRICT
-from . import post_norm
+from . import errata, post_norm
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -88,7 +88,8 @@ _SIZES = {
             "The paper calls the position encoding sinusoidal; the released configuration has a learned table of 40,000 rows,"
             " of which about 38,000 were never trained.",
             "224 M is with the pooler, as counted here; AlbertForMaskedLM, which lacks it, has 207.56 M.",
-            "UniRef100 is given as 80 and as 88 billion residues; the 150 GB stated for it fit 80 billion (149.4 GiB, space-separated), not 88 (164 GiB).",
+            errata.UNIREF100,
+            errata.HOROVOD,
             "The discussion compares pre-training data as SeqVec's 30 M with ProtAlbert's 224 M: the first are sequences, the second parameters.",
             "The released vocabulary has 34 tokens and is not published as text. ALBERT's SentencePiece settings give 5 special tokens and 8 signs;"
             " with 20 residues and X (the released notebooks write U, Z, O and B as X) that makes 34. The residues stand here in ProtBert's order:"

@@ -11,7 +11,7 @@ from pydantic.dataclasses import dataclass
 
 from ..architecture import Architecture, Size, TensorParallel, Vocabulary
 from ..config import STRICT
-from . import post_norm
+from . import errata, post_norm
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -87,6 +87,8 @@ _BOTH = (
     "The paper calls the position encoding sinusoidal; the released weights have BERT's learned table of 40,000 rows.",
     "Only with 40,000 positions are there 420 M parameters (380.5 M with 512); about 38,000 rows, past the longest training sequence, were never trained.",
     "420 M is 420,984,864 with pooler and next-sentence head (BertForPreTraining), as counted here, and 419,933,214 without (BertForMaskedLM).",
+    errata.HOROVOD,
+    errata.LMS,
 )
 _REFERENCE = "Elnaggar et al. 2021, ProtTrans, IEEE TPAMI, Table 2"
 
@@ -97,7 +99,7 @@ _SIZES = {
         parameters_published=420_000_000,
         errata=(
             *_BOTH,
-            "UniRef100 is given as 80 and as 88 billion residues; the 150 GB stated for it fit 80 billion (149.4 GiB, space-separated), not 88 (164 GiB).",
+            errata.UNIREF100,
         ),
     ),
     "prot_bert_bfd": Size(
@@ -109,7 +111,7 @@ _SIZES = {
             "The table gives 128 hosts with 1,024 TPU cores; the text says V3-512.",
             "The preprint's 116,736 TPU core-hours imply 86 TFLOP/s a core (6 x parameters x tokens), above a TPU v3 core's peak of about 52 to 61.",
             "So either its hours or the journal's steps are wrong, or the hours belong to an earlier, shorter run.",
-            "The size of BFD is given as 527, 572 and 734 GB; 734 fits the space-separated text in GiB (736).",
+            errata.BFD,
             "The gain in Q3 over ProtBert is given as 1.1 and as 1.3; the table's numbers differ by 1.0.",
         ),
     ),

@@ -11,7 +11,7 @@ from pydantic.dataclasses import dataclass
 
 from ..architecture import Architecture, Size, TensorParallel
 from ..config import STRICT
-from . import post_norm
+from . import errata, post_norm
 from .prot_bert import ARCHITECTURE as PROT_BERT
 
 MASKED_FRACTION = 0.25
@@ -142,7 +142,8 @@ _SIZES = {
             "Section 2.4 of the paper limits the second phase to 1,024 residues for all models, which holds for ProtElectra.",
             "The paper calls the position encoding sinusoidal; the released configuration has a learned table of 40,000 rows,"
             " of which about 39,000 were never trained.",
-            "UniRef100 is given as 80 and as 88 billion residues; the 150 GB stated for it fit 80 billion (149.4 GiB, space-separated), not 88 (164 GiB).",
+            errata.UNIREF100,
+            errata.HOROVOD,
         ),
     ),
     "prot_electra_released": Size(

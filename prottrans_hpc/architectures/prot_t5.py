@@ -13,6 +13,7 @@ from pydantic.dataclasses import dataclass
 from ..architecture import Architecture, Size, TensorParallel, Vocabulary
 from ..config import STRICT
 from ..errors import ConfigError
+from . import errata
 
 NUM_SENTINELS = 100
 
@@ -116,6 +117,7 @@ _ALL = (
     "128 (XXL-BFD) or 256 (XXL-U50) sequences.",
     "Section 2.4 of the paper limits sequences to 1,024 residues in a second phase; the table has one phase of 512 for ProtT5, which the recipes use.",
     "The table has 8 values of dropout for 11 columns; the released configurations have 0.1 for both XL models and for XXL-U50, 0.0 for XXL-BFD.",
+    errata.HOROVOD,
 )
 _AFTER_BFD = "Trained on from the BFD model's last checkpoint: steps and warm-up are those of the second training alone."
 _BILLIONS = "Printed as {printed}; the published hyper-parameters give {given}, of which the encoder, what embeddings are made with, has {encoder}."
@@ -127,7 +129,7 @@ _SIZES = {
         shape=_XL,
         reference=f"{_REFERENCE}, column ProtT5-XL-BFD (BFD100)",
         parameters_published=3_000_000_000,
-        errata=(*_ALL, _XL_COUNT),
+        errata=(*_ALL, _XL_COUNT, errata.BFD),
     ),
     "prot_t5_xl_u50": Size(
         shape=_XL,
@@ -139,7 +141,7 @@ _SIZES = {
         shape=dataclasses.replace(_XXL, dropout=0.0),
         reference=f"{_REFERENCE}, column ProtT5-XXL-BFD (BFD100)",
         parameters_published=11_000_000_000,
-        errata=(*_ALL, _XXL_COUNT),
+        errata=(*_ALL, _XXL_COUNT, errata.BFD),
     ),
     "prot_t5_xxl_u50": Size(
         shape=_XXL,

@@ -12,6 +12,7 @@ from pydantic.dataclasses import dataclass
 from ..architecture import Architecture, Size, TensorParallel, Vocabulary
 from ..config import STRICT, Fraction
 from ..errors import ConfigError
+from . import errata
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -102,6 +103,7 @@ _BOTH = (
     "with 28 tokens the parameters come to the published number.",
     "The paper took its code from NVIDIA's examples; an author names cybertronai/transformer-xl instead.",
     "202,176 GPU-hours are given for ProtTXL (preprint only, not saying which): 5,616 GPUs for 36 hours, so at least two jobs of the 24-hour queue.",
+    errata.LMS,
 )
 
 _SIZES = {
@@ -112,7 +114,9 @@ _SIZES = {
         errata=(
             *_BOTH,
             "The table's local batch of 5 on 5,616 GPUs would be 28,080 sequences a step; its global batch of 22,464 is 4 each, as the recipe has it.",
-            "A warm-up of at least one epoch is claimed; 5.5K steps of 22,464 sequences are 0.57 epochs of UniRef100 by sequences, 0.72 by tokens.",
+            "A warm-up of at least one epoch is claimed; 5.5K steps of 22,464 sequences are 0.57 epochs of UniRef100 by sequences; by tokens 0.72 of "
+            "88 billion residues, 0.79 of 80 billion.",
+            errata.UNIREF100,
         ),
     ),
     "prot_txl_bfd": Size(
@@ -124,6 +128,7 @@ _SIZES = {
             "14 heads do not divide a width of 1,024 and no head width is given: 128 is the one that gives 562 M parameters.",
             "A warm-up of at least one epoch is claimed; 13.6K steps of 44,928 sequences are 0.29 epochs of BFD by sequences, 0.80 by tokens.",
             "All 40.7K steps are 0.86 epochs by sequences, 2.38 by tokens.",
+            errata.BFD,
         ),
     ),
     "small": Size(

@@ -13,6 +13,7 @@ from ..architecture import Architecture, Size, TensorParallel, Vocabulary
 from ..config import STRICT
 from ..errors import ConfigError
 from ..recipe_objectives import Permutation
+from . import errata
 
 TARGET_FRACTION = 1 / 6
 """Share of the tokens that the query stream and the prediction head are counted for: the published objective's."""
@@ -151,8 +152,8 @@ _SIZES = {
             "409 M is 409,413,669 as XLNetLMHeadModel has them, each layer's table of two segments included, which a protein alone has no use for.",
             "The memory of 384 tokens is of training alone: the released configuration has no mem_len, and the published embeddings are made without memory.",
             "Section 2.4 of the paper gives all models a second phase of 1,024 residues; its table has one phase of 512 for ProtXLNet, as the recipe.",
-            "The paper says that both libraries trained with Horovod; its table gives ProtXLNet 512 TPU cores, where TensorFlow's own distribution was used.",
-            "UniRef100 is given as 80 and as 88 billion residues; the 150 GB stated for it fit 80 billion (149.4 GiB, space-separated), not 88 (164 GiB).",
+            errata.UNIREF100,
+            errata.HOROVOD,
         ),
     ),
     "small": Size(

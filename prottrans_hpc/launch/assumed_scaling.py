@@ -12,7 +12,9 @@ from ..machine import Machine
 from ..precision_levels import LEVELS
 from ..recipe import Recipe
 from ..recipe_parallel import HALVED
-from .batch_arithmetic import ASSUMED_MEAN_RESIDUES, PhaseBatch, plan_batches
+from .batch_arithmetic import ASSUMED_MEAN_RESIDUES, PhaseBatch, mean_tokens, plan_batches
+from .memory_time import recomputed_share
+from .rate import Rate, rate_of
 from .sharding_fit import check_sharding
 
 _FORWARD_SHARE = 1.0 / 3.0
@@ -52,7 +54,7 @@ class Assumed:
     """A line each."""
 
 
-def assume(name: str, recipe: Recipe, machine: Machine, nodes: Sequence[int], *, utilisation: float) -> Assumed:
+def assume(name: str, recipe: Recipe, machine: Machine, nodes: Sequence[int], *, utilisation: float | None) -> Assumed:
     """A weak study of the recipe's first phase: each rank has the share that the largest of `nodes` would give it.
 
     Raises ConfigError where the profile says too little of the machine, or has not so many nodes, or where the model cannot be cut over them so.
@@ -64,14 +66,15 @@ def assume(name: str, recipe: Recipe, machine: Machine, nodes: Sequence[int], *,
         )
     if max(nodes) > machine.max_nodes:
         raise ConfigError(f"--nodes {max(nodes):,}: a job on {machine.name} has at most {machine.max_nodes:,} nodes")
-    tflops, where_from = _rate(recipe, machine, utilisation)
+    rate = _rate(recipe, machine, utilisation)
     batch = plan_batches(recipe, num_ranks=max(nodes) * machine.ranks_per_node)[0]
     chosen = architecture.get(recipe.architecture.name)
     shape: Any = chosen.size(recipe.architecture.size).shape
-    tokens = round(batch.mean_residues) + len(chosen.vocabulary.prefix) + len(chosen.vocabulary.suffix)
+    tokens = mean_tokens(chosen, batch)
     for number in nodes:
         check_sharding(recipe, machine, chosen, shape, num_ranks=number * machine.ranks_per_node)
-    compute_s = batch.sequences_per_rank * chosen.flops(shape, [tokens]) / (tflops * 1e12 * recipe.parallel.tensor_ranks)
+    compute_s = batch.sequences_per_rank * chosen.flops(shape, [tokens]) / (rate.flops_per_s * recipe.parallel.tensor_ranks)
+    again = recomputed_share(recipe, chosen, shape, [tokens])
     level = LEVELS[recipe.precision]
     return Assumed(
         recipe=name,
@@ -79,7 +82,7 @@ def assume(name: str, recipe: Recipe, machine: Machine, nodes: Sequence[int], *,
         ranks_per_node=machine.ranks_per_node,
         network=config.to_json(machine.network),
         forward_s=_FORWARD_SHARE * compute_s,
-        backward_s=(1.0 - _FORWARD_SHARE) * compute_s,
+        backward_s=(1.0 - _FORWARD_SHARE + again) * compute_s,
         gradient_bytes=chosen.num_parameters(shape) * level.weight_bytes,
         bucket_mib=recipe.parallel.bucket_mib,
         micro_batches=batch.num_micro_batches,
@@ -90,14 +93,18 @@ def assume(name: str, recipe: Recipe, machine: Machine, nodes: Sequence[int], *,
         precision=recipe.precision,
         parallel=config.to_json(recipe.parallel),
         tokens=batch.sequences_per_rank * tokens / batch.num_micro_batches,
-        tflops=tflops,
+        tflops=rate.flops_per_s / 1e12,
         assumptions=(
             _batch_line(batch, max(nodes), lanes=chosen.lanes),
-            f"computing: {where_from}: {compute_s:.3g} s a step, the backward pass two thirds of it",
+            f"computing: {rate.source}: {(1.0 + again) * compute_s:.3g} s a step, {_backward_text(again)}",
             f"gradients: {chosen.num_parameters(shape) / 1e6:,.0f} M of {level.weight_bytes} bytes ({recipe.precision}), {_sending_text(recipe)}",
             "all nodes are equally fast, data and optimizer take no time, nobody else uses the network",
         ),
     )
+
+
+def _backward_text(again: float) -> str:
+    return "the backward pass two thirds of it" if not again else f"{100 * again / (1.0 + again):.0f} % of it layers that are computed again"
 
 
 def _sending_text(recipe: Recipe) -> str:
@@ -108,17 +115,14 @@ def _sending_text(recipe: Recipe) -> str:
     return f"in buckets of {parallel.bucket_mib} MiB, sent while the backward pass goes on{compressed}"
 
 
-def _rate(recipe: Recipe, machine: Machine, utilisation: float) -> tuple[float, str]:
-    gpu, products = machine.node.gpu, LEVELS[recipe.precision].products
+def _rate(recipe: Recipe, machine: Machine, utilisation: float | None) -> Rate:
+    gpu = machine.node.gpu
     if gpu is None:
         raise ConfigError(f"{machine.name} has no GPUs, and what its CPU cores reach is not known: measure with prottrans scale, then project from that")
-    if products not in gpu.peak_tflops:
-        raise ConfigError(f"{gpu.name} of {machine.name} does not compute in {products}; it does in {', '.join(gpu.peak_tflops)}")
-    if products in (gpu.sustained_tflops or {}):
-        rate = (gpu.sustained_tflops or {})[products]
-        return rate, f"{rate:g} TFLOP/s a GPU in {products}, which a training was seen to reach (the profile's sources say which)"
-    rate = utilisation * gpu.peak_tflops[products]
-    return rate, f"{rate:.3g} TFLOP/s a GPU in {products}, {100 * utilisation:g} % of the peak (a guess: --utilisation)"
+    rate = rate_of(gpu, recipe.precision, utilisation=utilisation)
+    if rate is None:
+        raise ConfigError(f"{gpu.name} of {machine.name} does not compute in {LEVELS[recipe.precision].products}; it does in {', '.join(gpu.peak_tflops)}")
+    return rate
 
 
 def _batch_line(batch: PhaseBatch, num_nodes: int, *, lanes: bool) -> str:

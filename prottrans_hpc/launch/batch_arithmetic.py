@@ -90,6 +90,12 @@ def _plan_phase(recipe: Recipe, number: int, phase: Phase, num_ranks: int, mean_
     return PhaseBatch(number, num_sequences, mean, num_ranks, bin_residues, num_micro_batches, tensor_ranks=tensor_ranks)
 
 
+def mean_tokens(chosen: Architecture, batch: PhaseBatch) -> int:
+    """Of a sequence; a lane's piece has the special tokens of its proteins in it."""
+    special = 0 if chosen.lanes else len(chosen.vocabulary.prefix) + len(chosen.vocabulary.suffix)
+    return round(batch.mean_residues) + special
+
+
 def check_lanes(chosen: Architecture, recipe: Recipe, machine: Machine, *, num_nodes: int) -> None:
     """Raises ConfigError with the nearest sizes when the lanes of a lane-wise architecture do not divide over the ranks."""
     if not chosen.lanes:

@@ -1,4 +1,4 @@
-"""How long a training takes, from its arithmetic and an assumed utilisation, and how many chained jobs that is. Pure."""
+"""How long a training takes, from its arithmetic and the rate of its ranks, and how many chained jobs that is. Pure."""
 
 from __future__ import annotations
 
@@ -7,14 +7,12 @@ from typing import Any
 
 from ..architecture import Architecture
 from ..errors import ConfigError
-from ..machine import Machine
-from ..precision_levels import LEVELS
 from ..recipe import Recipe
-from .batch_arithmetic import PhaseBatch
+from .batch_arithmetic import PhaseBatch, mean_tokens
 from .demand import time_text
+from .memory_time import recomputed_share
+from .rate import Rate
 
-ASSUMED_UTILISATION = 0.30
-"""Model-FLOP utilisation that is assumed of GPUs unless one is given: a guess until a run of yours has been measured."""
 START_UP_MIN = 5
 """Minutes of each job before its first step: starting ranks, reading the checkpoint."""
 MAX_JOBS = 100
@@ -22,29 +20,18 @@ MAX_JOBS = 100
 
 
 def estimate_minutes(
-    recipe: Recipe,
-    machine: Machine,
-    chosen: Architecture,
-    shape: Any,
-    batches: list[PhaseBatch],
-    *,
-    utilisation: float = ASSUMED_UTILISATION,
-    first_step: int = 0,
-    last_step: int | None = None,
-) -> float | None:
-    """Minutes from `first_step` to `last_step` (None: the recipe's end); None where the profile gives no peak."""
-    gpu = machine.node.gpu
-    if gpu is None:
-        return None
-    special = len(chosen.vocabulary.prefix) + len(chosen.vocabulary.suffix)
+    recipe: Recipe, chosen: Architecture, shape: Any, batches: list[PhaseBatch], rate: Rate, *, first_step: int = 0, last_step: int | None = None
+) -> float:
+    """Minutes from `first_step` to `last_step` (None: the recipe's end), with what `[memory]` has layers compute again; copies are taken to hide behind it."""
     flops_a_rank, begin = 0.0, 0
     for batch, phase in zip(batches, recipe.phases, strict=True):
         end = begin + phase.steps
         num_steps = max(0, min(end, recipe.num_steps if last_step is None else last_step) - max(begin, first_step))
-        flops_of_step = batch.num_sequences * chosen.flops(shape, [round(batch.mean_residues) + special])
+        lengths = [mean_tokens(chosen, batch)]
+        flops_of_step = batch.num_sequences * chosen.flops(shape, lengths) * (1.0 + recomputed_share(recipe, chosen, shape, lengths))
         flops_a_rank += num_steps * flops_of_step / (batch.num_ranks - batch.num_idle_ranks)
         begin = end
-    return flops_a_rank / (gpu.peak_tflops[LEVELS[recipe.precision].products] * 1e12 * utilisation) / 60.0
+    return flops_a_rank / rate.flops_per_s / 60.0
 
 
 def count_jobs(work_min: float, *, walltime_min: int, warning_min: int) -> int:

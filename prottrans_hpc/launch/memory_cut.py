@@ -12,8 +12,10 @@ from ..machine import Machine
 from ..recipe import Recipe
 from ..recipe_parallel import Parallel
 from .batch_arithmetic import plan_batches
-from .memory_fit import GIB, MARGIN, memory_gib, memory_need
+from .memory_fit import memory_need
+from .memory_need import MemoryNeed
 from .memory_policies import POLICIES, Policy
+from .memory_room import room_on
 from .sharding_fit import check_sharding
 
 
@@ -39,15 +41,15 @@ class Cut:
 def smallest_cut(recipe: Recipe, machine: Machine, num_ranks: int) -> Cut | None:
     """The fewest ranks that have to hold a copy together, and the first lossless policy with which they can; None where no cut fits,
     or the recipe has one already, or talks in a way that wants whole models."""
-    there, chosen = memory_gib(machine, num_ranks), recipe.parallel
-    if there is None or not _is_whole(chosen):
+    room, chosen = room_on(machine, num_ranks), recipe.parallel
+    if room is None or not _is_whole(chosen):
         return None
     for parallel, own_ranks in _cuts(recipe, num_ranks):
         for policy in POLICIES.values():
             if policy.memory.saved == "as_is":
-                peak = _peak(replace(policy.of(recipe), parallel=parallel), machine, num_ranks)
-                if peak is not None and peak <= there * (1.0 - MARGIN) * GIB:
-                    return Cut(parallel, own_ranks, policy, peak)
+                need = _need(replace(policy.of(recipe), parallel=parallel), machine, num_ranks)
+                if need is not None and room.holds(need):
+                    return Cut(parallel, own_ranks, policy, need.peak)
     return None
 
 
@@ -68,8 +70,8 @@ def _cuts(recipe: Recipe, num_ranks: int) -> Iterator[tuple[Parallel, int]]:
             yield replace(recipe.parallel, sharding=kind, shard_ranks=shards if kind == "hybrid" else None, tensor_ranks=tensor), size
 
 
-def _peak(recipe: Recipe, machine: Machine, num_ranks: int) -> int | None:
-    """Bytes a rank; None where the ranks cannot be laid out so."""
+def _need(recipe: Recipe, machine: Machine, num_ranks: int) -> MemoryNeed | None:
+    """Of a rank; None where the ranks cannot be laid out so."""
     record = architecture.get(recipe.architecture.name)
     shape = record.size(recipe.architecture.size).shape
     try:
@@ -77,4 +79,4 @@ def _peak(recipe: Recipe, machine: Machine, num_ranks: int) -> int | None:
         batches = plan_batches(recipe, num_ranks=layout.num_data_ranks)
     except ConfigError:
         return None
-    return memory_need(recipe, record, shape, batches, on_gpu=machine.node.gpu is not None, layout=layout).peak
+    return memory_need(recipe, record, shape, batches, on_gpu=machine.node.gpu is not None, layout=layout)

@@ -66,6 +66,11 @@ class MemoryNeed:
     """Bytes that large model support moves to the host and back in a micro batch."""
 
     @property
+    def in_host(self) -> int:
+        """All that lies in host memory at once."""
+        return self.on_host + self.moved
+
+    @property
     def fixed(self) -> int:
         """What no choice of micro batch changes."""
         return self.parameters + self.gradients + self.masters + self.optimizer + self.lanes + self.checkpoint
@@ -98,7 +103,7 @@ def need_of(recipe: Recipe, chosen: Architecture, shape: Any, batches: Iterable[
     kept_in = _kept_in(recipe)
     kept = [_under_layout(kept_bytes(chosen, shape, tokens, kept_in, recipe, packed=rank.on_gpu), shape, tokens, rank.layout, kept_in) for tokens in batches]
     device = [on_device(one, recipe) for one in kept]
-    activations, left, moved = max(device, default=(0, 0, 0))
+    activations, left, _ = max(device, default=(0, 0, 0))
     state, masters = round(_STATE[recipe.optimizer.name] * count), _FP32 * count if level.has_masters else 0
     widened = (_FP32 if level.has_masters else 2 * _FP32) * count if level.weight_bytes < _FP32 else 0
     working = widened + (round(_UPDATE[recipe.optimizer.name] * min(count, _GROUP.get(recipe.optimizer.name, count))) if rank.on_gpu else 0)
@@ -119,7 +124,7 @@ def need_of(recipe: Recipe, chosen: Architecture, shape: Any, batches: Iterable[
         gathered=gathered,
         on_host=state + _FP32 * count if on_host else 0,
         kept=left,
-        moved=moved,
+        moved=max((one[2] for one in device), default=0),
     )
 
 

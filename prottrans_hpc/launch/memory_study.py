@@ -16,16 +16,17 @@ from ..architecture import Architecture
 from ..architectures.growth import grown
 from ..errors import ConfigError
 from ..machine import Machine
-from ..parallel_layout import ParallelLayout, layout_on
+from ..parallel_layout import ParallelLayout
 from ..precision_levels import LEVELS
 from ..recipe import Recipe
-from .duration import ASSUMED_UTILISATION
-from .memory_fit import GIB, MARGIN, memory_gib, planned_tokens, sequence_lengths
+from .memory_fit import planned_tokens, sequence_lengths
 from .memory_need import MemoryNeed, Rank, need_of
 from .memory_policies import Policy
+from .memory_room import GIB, Room, budget_on, room_on
 from .memory_table import policies_of
 from .memory_time import MicroBatch, Speed, speed_of, time_factor
 from .recomputation import Tokens
+from .sharding_fit import check_sharding
 
 MOST_LAYERS, MOST_SEQUENCES = 100_000, 1_000_000
 EPOCH_RESIDUES = 88e9
@@ -45,7 +46,7 @@ class Setting:
     """Of the recipe's size."""
     num_ranks: int
     layout: ParallelLayout
-    usable_bytes: int
+    room: Room
     on_gpu: bool
     speed: Speed
     reduction_bytes_per_s: float | None
@@ -80,25 +81,31 @@ class Finding:
 
 def setting_on(recipe: Recipe, machine: Machine, *, num_ranks: int, usable_bytes: int | None = None) -> Setting:
     """A machine's ranks. Raises ConfigError where neither the profile nor `usable_bytes` says how much memory one has."""
-    there = memory_gib(machine, num_ranks)
-    if usable_bytes is None:
-        if there is None:
-            raise ConfigError(f"the profile {machine.name} does not say how much memory a rank has: name a machine that does (--machine), or give --budget-mib")
-        usable_bytes = int(there * (1.0 - MARGIN) * GIB)
+    room = room_on(machine, num_ranks) if usable_bytes is None else budget_on(machine, num_ranks, usable_bytes)
+    if room is None:
+        raise ConfigError(f"the profile {machine.name} does not say how much memory a rank has: name a machine that does (--machine), or give --budget-mib")
     network = machine.network
     crosses = network is not None and num_ranks > machine.ranks_per_node
     record = architecture.get(recipe.architecture.name)
+    shape: Any = record.size(recipe.architecture.size).shape
     return Setting(
         recipe,
         record,
-        record.size(recipe.architecture.size).shape,
+        shape,
         num_ranks,
-        layout_on(recipe.parallel, machine, num_ranks),
-        usable_bytes,
+        check_sharding(recipe, machine, record, shape, num_ranks=num_ranks),
+        room,
         machine.node.gpu is not None,
-        speed_of(machine.node.gpu, recipe.precision, utilisation=ASSUMED_UTILISATION),
+        speed_of(machine.node.gpu, recipe.precision),
         network.between_nodes.bytes_per_s if network is not None and crosses else None,
     )
+
+
+def room_text(setting: Setting) -> str:
+    """What a rank may take, for people."""
+    room = setting.room
+    host = "" if not setting.on_gpu else f", {room.host / GIB:.3f} GiB of host memory" if room.host else ", any amount of host memory (the profile has none)"
+    return f"{room.device / GIB:.3f} GiB each{host}"
 
 
 def choose_policies(recipe: Recipe, names: Sequence[str]) -> dict[str, Policy]:
@@ -113,8 +120,8 @@ def choose_policies(recipe: Recipe, names: Sequence[str]) -> dict[str, Policy]:
 def find(name: str, policy: Policy, setting: Setting) -> Finding:
     """The largest model and batch of one policy, and the time of an epoch at that batch."""
     recipe, shape = policy.of(setting.recipe), setting.shape
-    num_layers = largest(lambda number: _need(recipe, grown(shape, number), setting, 1).peak <= setting.usable_bytes, MOST_LAYERS)
-    batch = largest(lambda number: _need(recipe, shape, setting, number).peak <= setting.usable_bytes, MOST_SEQUENCES)
+    num_layers = largest(lambda number: setting.room.holds(_need(recipe, grown(shape, number), setting, 1)), MOST_LAYERS)
+    batch = largest(lambda number: setting.room.holds(_need(recipe, shape, setting, number)), MOST_SEQUENCES)
     return Finding(
         name,
         num_layers,

@@ -9,18 +9,19 @@ from typing import Any
 from .. import architecture
 from ..errors import ConfigError
 from ..machine import Machine
-from ..parallel_layout import ParallelLayout, layout_on
+from ..parallel_layout import ParallelLayout
 from ..precision_levels import LEVELS
 from ..recipe import Recipe
 from .batch_arithmetic import PhaseBatch, plan_batches
-from .duration import ASSUMED_UTILISATION
 from .memory_cut import smallest_cut
-from .memory_fit import GIB, MARGIN, memory_gib, planned_tokens, sequence_lengths
 from .memory_fit import memory_need as need_on
+from .memory_fit import planned_tokens, sequence_lengths
 from .memory_need import MemoryNeed, Rank, need_of
 from .memory_policies import POLICIES, Policy
+from .memory_room import GIB, MARGIN, host_memory_gib, memory_gib, room_on
 from .memory_time import MicroBatch, speed_of, time_factor
 from .recomputation import Tokens
+from .sharding_fit import check_sharding
 
 OWN = "as in the recipe"
 """The name of the recipe's own section of memory, where it is none of the policies."""
@@ -56,17 +57,17 @@ def policies_of(recipe: Recipe) -> dict[str, Policy]:
 
 def planned_rows(recipe: Recipe, machine: Machine, *, num_ranks: int) -> list[Row]:
     """Every policy for the fullest micro batch of a rank."""
-    layout = layout_on(recipe.parallel, machine, num_ranks)
+    record = architecture.get(recipe.architecture.name)
+    shape = record.size(recipe.architecture.size).shape
+    layout = check_sharding(recipe, machine, record, shape, num_ranks=num_ranks)
     batches = plan_batches(recipe, num_ranks=layout.num_data_ranks)
     longest = max(batches, key=lambda batch: batch.fullest_micro_batch(recipe.phases[batch.phase].max_residues))
     micro = MicroBatch(_tokens(recipe, longest), longest.num_micro_batches)
     rows = []
     for name, policy in policies_of(recipe).items():
         own = policy.of(recipe)
-        record = architecture.get(recipe.architecture.name)
-        shape = record.size(recipe.architecture.size).shape
         need = need_on(own, record, shape, batches, on_gpu=machine.node.gpu is not None, layout=layout)
-        speed = speed_of(machine.node.gpu, own.precision, utilisation=ASSUMED_UTILISATION)
+        speed = speed_of(machine.node.gpu, own.precision)
         rows.append(Row(name, policy, need, time_factor(own, record, shape, micro, need, speed), _fits(need, machine, num_ranks)))
     return rows
 
@@ -91,15 +92,15 @@ def measured_rows(recipe: Recipe, machine: Machine, found: Mapping[str, Mapping[
         need = need_of(own, record, shape, [tokens], Rank(on_gpu, ParallelLayout(1)))
         # One step saves no checkpoint; lanes are those of this micro batch.
         values = asdict(need) | {"checkpoint": 0, "lanes": int(measured["lanes"])}
-        speed = speed_of(machine.node.gpu if on_gpu else None, own.precision, utilisation=ASSUMED_UTILISATION)
+        speed = speed_of(machine.node.gpu if on_gpu else None, own.precision)
         factor = time_factor(own, record, shape, MicroBatch(tokens), need, speed)
         rows.append(Row(name, policy, MemoryNeed(**values), factor, _fits(MemoryNeed(**values), machine, 1), measured))
     return rows
 
 
 def _fits(need: MemoryNeed, machine: Machine, num_ranks: int) -> bool | None:
-    there = memory_gib(machine, num_ranks)
-    return None if there is None else need.peak <= there * (1.0 - MARGIN) * GIB
+    room = room_on(machine, num_ranks)
+    return None if room is None else room.holds(need)
 
 
 def chosen(rows: list[Row]) -> Row | None:
@@ -137,21 +138,34 @@ def _unit(most: int) -> tuple[int, str]:
 
 def verdict(rows: list[Row], recipe: Recipe, machine: Machine, num_ranks: int) -> str:
     """Which policy to take, in words."""
-    there = memory_gib(machine, num_ranks)
-    if there is None:
+    room, there = room_on(machine, num_ranks), memory_gib(machine, num_ranks)
+    if room is None:
         return f"the profile {machine.name} does not say how much memory there is: give --machine to see what fits"
     best = chosen(rows)
     place = f"{there:g} GiB of {machine.name}, of which {100 * MARGIN:.0f} % are kept free"
     if best is None:
         least = min(rows, key=lambda row: row.need.peak)
+        on_host = "" if room.holds_on_host(least.need) else f", and {least.need.in_host / GIB:.2f} GiB of the host's memory"
         return (
-            f"nothing fits the {place}: {least.name!r} needs {least.need.peak / GIB:.2f} GiB. "
+            f"nothing fits the {place}{_host_place(machine, num_ranks)}: {least.name!r} needs {least.need.peak / GIB:.2f} GiB{on_host}. "
             f"{_cut_text(recipe, machine, num_ranks)} smaller micro batches (--set loading.bin_residues=N), or a smaller model"
         )
+    if best.need.in_host:
+        place += _host_place(machine, num_ranks)
     if best.policy.memory == recipe.memory:
         return f"fits the {place}, as the recipe has it"
     asked = " ".join(f"--set {setting}" for setting in best.policy.settings) or "leave [memory] out"
     return f"fits the {place}, at the least predicted time: {best.name!r} ({asked})"
+
+
+def _host_place(machine: Machine, num_ranks: int) -> str:
+    """The other memory that has to have room."""
+    there = host_memory_gib(machine, num_ranks)
+    if machine.node.gpu is None:
+        return ""
+    return (
+        f", and {there:,.1f} GiB a rank of the host's, of which as much" if there else ", and the host's, of which the profile does not say how much there is"
+    )
 
 
 def _cut_text(recipe: Recipe, machine: Machine, num_ranks: int) -> str:
@@ -171,6 +185,8 @@ def to_json(rows: list[Row], recipe: Recipe, machine: Machine, num_ranks: int) -
     return {
         "machine": machine.name,
         "memory_gib": memory_gib(machine, num_ranks),
+        "host_memory_gib": host_memory_gib(machine, num_ranks),
+        "speed": speed_of(machine.node.gpu, recipe.precision).source,
         "num_ranks": num_ranks,
         "parameters": record.num_parameters(record.size(recipe.architecture.size).shape),
         "precision": recipe.precision,

@@ -17,14 +17,16 @@ from ..machine import Gpu
 from ..precision_levels import LEVELS
 from ..recipe import Recipe
 from .memory_need import MemoryNeed
+from .rate import rate_of
 from .recomputation import Tokens, attention_size
 
 ASSUMED_HOST_BYTES_PER_S = 12e9
 """One way between a GPU and its host, where the machine profile does not say: what PCIe 3.0 with 16 lanes (15.75 GB/s) is left with."""
-NARROWING = 0.042
-"""Share of a step that saving in bf16 costs; measured on a CPU, 6 layers x 256. On a GPU it is bound by memory, too."""
-HOST_UPDATE_S = {"lamb": 1.24e-9, "adamw": 0.6e-9, "adam": 0.6e-9, "adafactor": 1.24e-9}
-"""Seconds a parameter of an update on the host: LAMB's two-pass kernel and torch's fused AdamW on 99.2 M parameters, two cores of a Zen 4 server."""
+NARROWING = 0.04
+"""Share of a step that saving in bf16 costs; measured on a CPU, 6 layers x 256 (benchmarks/results/memory_policies.md). On a GPU it is bound by memory, too."""
+HOST_UPDATE_S = {"lamb": 1.39e-9, "adamw": 0.76e-9, "adam": 0.76e-9, "adafactor": 1.39e-9}
+"""Seconds a parameter of an update on the host: LAMB's two-pass kernel and torch's fused AdamW on 98.7 M parameters, two cores of an AMD EPYC
+(benchmarks/results/lamb.md); Adam and Adafactor, which were not measured, as these."""
 _FORWARD = 1.0 / 3.0
 
 
@@ -35,14 +37,16 @@ class Speed:
     flops_per_s: float | None
     """None: unknown, and then only operations are compared."""
     host_bytes_per_s: float = ASSUMED_HOST_BYTES_PER_S
+    source: str = "a rate that nobody knows: times are only to be compared with one another"
+    """Where it comes from, for people."""
 
 
-def speed_of(gpu: Gpu | None, precision: str, *, utilisation: float) -> Speed:
-    """Of a machine's GPU, at a share of its peak; of a CPU nothing is known."""
-    if gpu is None:
+def speed_of(gpu: Gpu | None, precision: str) -> Speed:
+    """Of a machine's GPU, by its profile; of a CPU nothing is known."""
+    rate = None if gpu is None else rate_of(gpu, precision)
+    if gpu is None or rate is None:
         return Speed(None)
-    peak = gpu.peak_tflops.get(LEVELS[precision].products)
-    return Speed(peak * 1e12 * utilisation if peak else None, gpu.host_bytes_per_s or ASSUMED_HOST_BYTES_PER_S)
+    return Speed(rate.flops_per_s, gpu.host_bytes_per_s or ASSUMED_HOST_BYTES_PER_S, rate.source)
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,7 @@ class MicroBatch:
 
 def time_factor(recipe: Recipe, chosen: Architecture, shape: Any, batch: MicroBatch, need: MemoryNeed, speed: Speed) -> float:
     """A step's time over that of the same step with nothing given up."""
-    again = _recomputed(recipe, chosen, shape, batch.tokens.lengths)
+    again = recomputed_share(recipe, chosen, shape, batch.tokens.lengths)
     narrowing = NARROWING if recipe.memory.saved == "bf16" else 0.0
     if speed.flops_per_s is None:
         return 1.0 + again + narrowing
@@ -74,7 +78,7 @@ def _host_update_s(recipe: Recipe, need: MemoryNeed, speed: Speed) -> float:
     return max(need.gradients / speed.host_bytes_per_s, count * HOST_UPDATE_S[recipe.optimizer.name])
 
 
-def _recomputed(recipe: Recipe, chosen: Architecture, shape: Any, lengths: Sequence[int]) -> float:
+def recomputed_share(recipe: Recipe, chosen: Architecture, shape: Any, lengths: Sequence[int]) -> float:
     """Operations made again, as a share of all of a step."""
     every = recipe.memory.recompute_every
     total = chosen.flops(shape, lengths)

@@ -13,7 +13,8 @@ from . import planner, queues
 from .batch_arithmetic import ASSUMED_MEAN_RESIDUES, PhaseBatch
 from .demand import time_text
 from .duration import START_UP_MIN
-from .memory_fit import GIB, MARGIN, memory_gib, need_text
+from .memory_fit import need_text
+from .memory_room import GIB, MARGIN, host_memory_gib, host_text, memory_gib
 from .prospect import Prospect
 from .sharding_fit import layout_text
 
@@ -57,8 +58,10 @@ def to_json(prospect: Prospect, *, recipe_name: str) -> dict[str, Any]:
         ],
         "memory": asdict(prospect.memory) | {"peak": prospect.memory.peak} if prospect.memory else None,
         "memory_gib": memory_gib(machine, allocation.num_ranks),
+        "host_memory_gib": host_memory_gib(machine, allocation.num_ranks),
         "work_min": prospect.work_min,
-        "utilisation": None if prospect.assumptions.total_min is not None else prospect.assumptions.utilisation,
+        "utilisation": prospect.rate.utilisation if prospect.rate else None,
+        "rate": prospect.rate.source if prospect.rate else None,
         "num_jobs": jobs,
         "chain_problem": problem,
         "node_hours_per_job": prospect.node_hours_per_job,
@@ -136,18 +139,19 @@ def _memory_text(prospect: Prospect) -> str:
     memory = memory_gib(prospect.machine, prospect.allocation.num_ranks)
     if prospect.memory is None or memory is None:
         return f"not checked: the profile of {prospect.machine.name} does not say how much there is"
-    return f"{need_text(prospect.memory)}; {memory:,.1f} GiB are there, {100 * MARGIN:.0f} % of them kept free"
+    on_host = host_text(prospect.memory, prospect.machine, prospect.allocation.num_ranks)
+    return f"{need_text(prospect.memory)}; {memory:,.1f} GiB are there, {100 * MARGIN:.0f} % of them kept free{f'; {on_host}' if on_host else ''}"
 
 
 def _time_text(prospect: Prospect) -> str:
     assumed = prospect.assumptions
-    if prospect.work_min is None:
-        return "unknown: the profile has no GPU with a peak (--total-time H:MM gives one)"
-    if assumed.total_min is not None:
+    if assumed.total_min is not None and prospect.work_min is not None:
         done = f", {time_text(prospect.work_min)} of it left" if assumed.first_step else ""
         return f"{time_text(assumed.total_min)} of work, as given{done}"
-    share = f"{100 * assumed.utilisation:.0f} % of their {prospect.recipe.precision} peak"
-    return f"about {time_text(prospect.work_min)} of work, assuming that ranks reach {share} (--utilisation)"
+    if prospect.work_min is None or prospect.rate is None:
+        return "unknown: the profile has no GPU with a peak (--total-time H:MM gives one)"
+    again = "; layers that are computed again are counted" if prospect.recipe.memory.recompute_every else ""
+    return f"about {time_text(prospect.work_min)} of work, at {prospect.rate.source}{again}"
 
 
 def _job_lines(prospect: Prospect) -> Iterator[tuple[str, str]]:

@@ -13,10 +13,12 @@ from . import planner
 from .batch_arithmetic import PhaseBatch, plan_batches
 from .checks import CorpusFacts
 from .demand import Demand
-from .duration import ASSUMED_UTILISATION, count_jobs, estimate_minutes
+from .duration import count_jobs, estimate_minutes
 from .epochs import steps_per_epoch
-from .memory_fit import GIB, check_memory, fitting_bins
+from .memory_fit import check_memory, fitting_bins
 from .memory_need import MemoryNeed
+from .memory_room import GIB
+from .rate import Rate, rate_of
 
 
 @dataclass(frozen=True)
@@ -25,8 +27,8 @@ class Assumptions:
 
     total_min: int | None = None
     """Minutes that the whole training takes, where they are known; None: estimated."""
-    utilisation: float = ASSUMED_UTILISATION
-    """Model-FLOP utilisation that the estimate assumes."""
+    utilisation: float | None = None
+    """Model-FLOP utilisation that the estimate assumes; None: by the machine profile."""
     first_step: int = 0
     """Steps that are done already."""
     last_step: int | None = None
@@ -46,6 +48,8 @@ class Prospect:
     """None: the profile does not say how much memory there is."""
     work_min: float | None
     """Minutes that the training still takes; None: unknown."""
+    rate: Rate | None
+    """What the estimated time rests on; None: unknown, or the time was given."""
     assumptions: Assumptions
     corpus: CorpusFacts | None
     notes: tuple[str, ...] = ()
@@ -105,22 +109,20 @@ def look_ahead(
     shape: Any = chosen.size(recipe.architecture.size).shape
     batches = plan_batches(recipe, num_ranks=allocation.num_ranks, mean_residues=mean)
     check_storage(machine, corpus)
-    work_min: float | None
-    if assumptions.total_min is not None:
-        end = assumptions.last_step or recipe.num_steps
-        work_min = assumptions.total_min * max(0, end - assumptions.first_step) / end
-    else:
-        work_min = estimate_minutes(
-            recipe,
-            machine,
-            chosen,
-            shape,
-            batches,
-            utilisation=assumptions.utilisation,
-            first_step=assumptions.first_step,
-            last_step=assumptions.last_step,
-        )
-    return Prospect(recipe, machine, allocation, batches, check_memory(recipe, machine, chosen, shape, batches), work_min, assumptions, corpus, notes)
+    gpu = machine.node.gpu
+    rate = rate_of(gpu, recipe.precision, utilisation=assumptions.utilisation) if gpu and assumptions.total_min is None else None
+    work_min = _given_minutes(recipe, assumptions)
+    if rate:
+        work_min = estimate_minutes(recipe, chosen, shape, batches, rate, first_step=assumptions.first_step, last_step=assumptions.last_step)
+    memory = check_memory(recipe, machine, chosen, shape, batches)
+    return Prospect(recipe, machine, allocation, batches, memory, work_min, rate, assumptions, corpus, notes)
+
+
+def _given_minutes(recipe: Recipe, assumptions: Assumptions) -> float | None:
+    if assumptions.total_min is None:
+        return None
+    end = assumptions.last_step or recipe.num_steps
+    return assumptions.total_min * max(0, end - assumptions.first_step) / end
 
 
 def _with_fitting_bins(recipe: Recipe, machine: Machine, num_ranks: int, mean_residues: float | None) -> tuple[Recipe, tuple[str, ...]]:

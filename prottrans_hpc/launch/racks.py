@@ -43,7 +43,7 @@ def _asked_nodes(machine: Machine, demand: Demand) -> int:
     if demand.num_racks is not None:
         return _nodes_of_racks(machine, demand.num_racks)
     if demand.num_gpus is not None:
-        return _nodes_of_gpus(machine, demand.num_gpus)
+        return _nodes_of_gpus(machine, demand.num_gpus, whole_racks=has_whole_racks(machine) and not demand.partial_rack)
     if demand.num_nodes is None and has_whole_racks(machine) and not demand.partial_rack:
         raise ConfigError(f"say how large the job is: --racks R (1 to {largest_rack_count(machine)} of {machine.nodes_per_rack} nodes on {machine.name})")
     return 1 if demand.num_nodes is None else demand.num_nodes
@@ -57,15 +57,23 @@ def _nodes_of_racks(machine: Machine, num_racks: int) -> int:
     return num_racks * machine.nodes_per_rack
 
 
-def _nodes_of_gpus(machine: Machine, num_gpus: int) -> int:
+def _nodes_of_gpus(machine: Machine, num_gpus: int, *, whole_racks: bool) -> int:
     per_node = machine.node.num_gpus
     if not per_node:
         raise ConfigError(f"{machine.name} has no GPUs: give --nodes N (1 to {machine.max_nodes})")
     if num_gpus < 1 or num_gpus % per_node:
-        low = num_gpus // per_node
-        offers = [f"{nodes * per_node} GPUs = {nodes} {'node' if nodes == 1 else 'nodes'}" for nodes in (low, low + 1) if 1 <= nodes <= machine.max_nodes]
-        raise ConfigError(f"jobs on {machine.name} get whole nodes of {per_node} GPUs; {num_gpus} GPUs were asked for: take {' or '.join(offers)}")
+        per_rack = machine.nodes_per_rack or 1
+        unit, what = (per_rack, f"whole racks of {per_rack} nodes x {per_node} GPUs") if whole_racks else (1, f"whole nodes of {per_node} GPUs")
+        low, most = num_gpus // (per_node * unit), largest_rack_count(machine) if whole_racks else machine.max_nodes
+        sizes = [count * unit for count in (low, low + 1) if 1 <= count <= most] or [most * unit]
+        offers = " or ".join(f"{nodes * per_node:,} GPUs = {racks_text(nodes // unit, unit) if whole_racks else _nodes_text(nodes)}" for nodes in sizes)
+        parts = ", or give --partial-rack for whole nodes" if whole_racks else ""
+        raise ConfigError(f"jobs on {machine.name} get {what}; {num_gpus:,} GPUs were asked for: take {offers}{parts}")
     return num_gpus // per_node
+
+
+def _nodes_text(num_nodes: int) -> str:
+    return f"{num_nodes:,} {'node' if num_nodes == 1 else 'nodes'}"
 
 
 def _not_whole(machine: Machine, num_nodes: int) -> str:

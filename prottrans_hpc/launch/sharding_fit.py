@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from .. import architecture
@@ -14,10 +15,10 @@ from ..recipe import Recipe
 
 def check_sharding(recipe: Recipe, machine: Machine, chosen: Architecture, shape: Any, *, num_ranks: int) -> ParallelLayout:
     """The layout of so many ranks. Raises ConfigError that says which sizes are possible instead."""
-    layout = layout_on(recipe.parallel, machine, num_ranks)
-    if layout.num_tensor > 1:
-        _check_products(chosen, shape, layout.num_tensor)
-    return layout
+    degrees = chosen.tensor_parallel.degrees(shape) if chosen.tensor_parallel else None
+    if recipe.parallel.tensor_ranks > 1:
+        _check_products(recipe, machine, chosen, shape, num_ranks)
+    return layout_on(recipe.parallel, machine, num_ranks, degrees=degrees)
 
 
 def layout_text(layout: ParallelLayout) -> str:
@@ -33,7 +34,8 @@ def _number(number: int, one: str, many: str) -> str:
     return f"{number:,} {one if number == 1 else many}"
 
 
-def _check_products(chosen: Architecture, shape: Any, tensor_ranks: int) -> None:
+def _check_products(recipe: Recipe, machine: Machine, chosen: Architecture, shape: Any, num_ranks: int) -> None:
+    tensor_ranks = recipe.parallel.tensor_ranks
     if chosen.tensor_parallel is None:
         able = [record.name for record in architecture.available() if record.tensor_parallel]
         raise ConfigError(
@@ -43,10 +45,27 @@ def _check_products(chosen: Architecture, shape: Any, tensor_ranks: int) -> None
     numbers = chosen.tensor_parallel.divides(shape)
     bad = {name: number for name, number in numbers.items() if number % tensor_ranks}
     if bad:
-        fitting = chosen.tensor_parallel.degrees(shape)
         listed = ", ".join(f"{name} {number:,}" for name, number in bad.items())
-        near = " and ".join(map(str, [*[size for size in fitting if size < tensor_ranks][-1:], *[size for size in fitting if size > tensor_ranks][:1]]))
         raise ConfigError(
             f"parallel.tensor_ranks = {tensor_ranks} does not divide {listed} of {chosen.name}: a rank takes whole heads and an equal part of the "
-            f"feed-forward width. Possible are {', '.join(map(str, fitting))}; nearest: {near}"
+            f"feed-forward width. {_possible_text(recipe, machine, chosen.tensor_parallel.degrees(shape), num_ranks)}"
         )
+
+
+def _possible_text(recipe: Recipe, machine: Machine, degrees: list[int], num_ranks: int) -> str:
+    """Which sizes the model can have, and which of them have room as near as the recipe wants them."""
+    near = [size for size in degrees if size > 1 and _has_room(recipe, machine, size, num_ranks)]
+    possible = f"Possible are {', '.join(map(str, degrees))}"
+    if not near:
+        is_widest = recipe.parallel.tensor_within == "machine" or machine.scheduler == "local"
+        wider = "" if is_widest else f" within a {recipe.parallel.tensor_within}; --set parallel.tensor_within=machine lets groups reach further"
+        return f"{possible}; none of them but 1 has room on {num_ranks:,} ranks of {machine.name}{wider}"
+    return f"{possible}; on {num_ranks:,} ranks of {machine.name} {' and '.join(map(str, near))} would do"
+
+
+def _has_room(recipe: Recipe, machine: Machine, size: int, num_ranks: int) -> bool:
+    try:
+        layout_on(replace(recipe.parallel, tensor_ranks=size), machine, num_ranks)
+    except ConfigError:
+        return False
+    return True

@@ -93,6 +93,11 @@ WRONG = [
     (("frobnicate",), 64, "the verbs are preprocess"),
     (("corpus", "sho", "x"), 64, "show"),
     (("models", "show", "prot_brt"), 64, "did you mean 'prot_bert'?"),
+    (("models", "show", "prot_t5_xl"), 64, "is called 'prot_t5_xl' (did you mean 'prot_t5_xl_bfd' or 'prot_t5_xl_u50'?)"),
+    (("models", "show", "prot_t5_xxl_u"), 64, "(did you mean 'prot_t5_xxl_u50'?)"),
+    (("models", "show", "tiny"), 64, "(with it begin tiny_prot_albert, tiny_prot_bert,"),
+    (("models", "show", "preprocess_bfd"), 64, "no architecture, size or recipe is called 'preprocess_bfd'"),
+    (("pretrain", "prot_t5_xl", "--corpus", "corpus"), 64, "(did you mean 'prot_t5_xl_bfd' or 'prot_t5_xl_u50'?)"),
     (("preprocess", "--out", "x"), 64, "FASTA"),
     (("preprocess", "a.fasta"), 64, "--out"),
     (("preprocess", "a.fasta", "--out", "x", "--worker", "2"), 64, "--workers"),
@@ -261,6 +266,13 @@ def test_a_full_disk_under_standard_output_is_told(tmp_path: Path) -> None:
 def test_models_shows_one_published_size_by_its_own_name(tmp_path: Path) -> None:
     (size,) = json.loads(run("models", "show", "prot_bert_bfd", "--json", cwd=tmp_path).stdout)["sizes"]
     assert size["name"] == "prot_bert_bfd" and size["errata"]
+
+
+@pytest.mark.parametrize(("recipe", "family", "size"), [("tiny_prot_t5", "prot_t5", "tiny"), ("small_prot_t5", "prot_t5", "small")])
+def test_models_shows_the_size_of_a_recipe(recipe: str, family: str, size: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["models", "show", recipe, "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert (shown["name"], [one["name"] for one in shown["sizes"]]) == (family, [size])
 
 
 def test_models_counts_parameters_as_published(tmp_path: Path) -> None:

@@ -10,15 +10,27 @@ from prottrans_hpc import architecture
 from prottrans_hpc.errors import ConfigError
 from prottrans_hpc.launch.batch_arithmetic import plan_batches
 from prottrans_hpc.launch.duration import MAX_JOBS, count_jobs, estimate_minutes
+from prottrans_hpc.launch.rate import rate_of
 from prottrans_hpc.machine import read_machine
 from prottrans_hpc.recipe import read_recipe
 
 
-def minutes(recipe_name: str = "prot_bert_bfd", machine: str = "summit", num_ranks: int = 5616, settings: tuple[str, ...] = (), **options: Any) -> float | None:
+def minutes(
+    recipe_name: str = "prot_bert_bfd",
+    machine: str = "summit",
+    num_ranks: int = 5616,
+    settings: tuple[str, ...] = (),
+    utilisation: float | None = None,
+    **options: Any,
+) -> float:
     recipe = read_recipe(recipe_name, settings)
     chosen = architecture.get(recipe.architecture.name)
     batches = plan_batches(recipe, num_ranks=num_ranks, mean_residues=200.0)
-    return estimate_minutes(recipe, read_machine(machine), chosen, chosen.size(recipe.architecture.size).shape, batches, **options)
+    gpu = read_machine(machine).node.gpu
+    assert gpu is not None
+    rate = rate_of(gpu, recipe.precision, utilisation=utilisation)
+    assert rate is not None
+    return estimate_minutes(recipe, chosen, chosen.size(recipe.architecture.size).shape, batches, rate, **options)
 
 
 def test_the_estimate_is_steps_times_flops_over_the_assumed_speed() -> None:
@@ -47,8 +59,29 @@ def test_what_is_done_is_not_counted_again() -> None:
     assert minutes(first_step=1_000_000) == 0.0
 
 
-def test_nobody_guesses_the_speed_of_a_cpu() -> None:
-    assert minutes(machine="rhea", num_ranks=64) is None
+def test_layers_that_are_computed_again_take_their_time() -> None:
+    plain, again = minutes(), minutes(settings=("memory.recompute_every=1",))
+    assert again / plain == pytest.approx(4 / 3, rel=0.01)
+    assert plain < minutes(settings=("memory.recompute_every=2",)) < again
+    assert minutes(settings=("memory.lms_limit_gib=0",)) == plain
+
+
+def test_the_published_run_takes_the_published_hours() -> None:
+    """202,176 GPU-hours are 36 on 5,616, if they are ProtTXL-BFD's; the profile's rate was worked out from them."""
+    hours = minutes("prot_txl_bfd") / 60
+    assert hours == pytest.approx(36.0, rel=0.005)
+    assert count_jobs(60 * hours, walltime_min=1440, warning_min=10) == 2
+
+
+def test_a_rate_that_was_seen_goes_before_a_guess_and_a_given_one_before_both() -> None:
+    gpu = read_machine("summit").node.gpu
+    assert gpu is not None
+    seen, guessed, given = rate_of(gpu, "fp16_o2"), rate_of(gpu, "fp32"), rate_of(gpu, "fp16_o2", utilisation=0.1)
+    assert seen and guessed and given and rate_of(gpu, "bf16") is None
+    assert [one.flops_per_s for one in (seen, guessed, given)] == pytest.approx([5.8e12, 0.3 * 15.7e12, 12.5e12])
+    assert seen.utilisation == pytest.approx(5.8 / 125)
+    for rate, words in ((seen, "was seen to reach"), (guessed, "30 % of the peak (a guess: --utilisation)"), (given, "10 % of the peak (as given)")):
+        assert words in rate.source
 
 
 @pytest.mark.parametrize(

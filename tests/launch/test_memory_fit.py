@@ -13,7 +13,8 @@ from prottrans_hpc.errors import ConfigError
 from prottrans_hpc.launch import planner
 from prottrans_hpc.launch.batch_arithmetic import plan_batches
 from prottrans_hpc.launch.demand import Demand
-from prottrans_hpc.launch.memory_fit import GIB, MARGIN, MemoryNeed, check_memory, memory_gib, memory_need, need_text
+from prottrans_hpc.launch.memory_fit import MemoryNeed, check_memory, memory_need, need_text
+from prottrans_hpc.launch.memory_room import GIB, MARGIN, host_memory_gib, host_text, memory_gib, room_on
 from prottrans_hpc.machine import Machine, read_machine
 from prottrans_hpc.recipe import Recipe, read_recipe
 
@@ -156,11 +157,11 @@ def test_a_model_that_no_micro_batch_makes_fit() -> None:
     assert "precision=bf16" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("recipe", "changed"), [("prot_t5_xl_bfd", ("memory.recompute_every=1",)), ("protein_lm_3b", ())])
+@pytest.mark.parametrize(("recipe", "changed"), [("prot_t5_xl_bfd", ("memory.recompute_every=1",)), ("protein_lm_3b", ("parallel.sharding=none",))])
 def test_a_model_too_large_for_one_gpu_is_advised_to_be_cut_and_fits_then(recipe: str, changed: tuple[str, ...]) -> None:
     summit, racks = read_machine("summit"), Demand(num_racks=4)
     with pytest.raises(ConfigError, match=r"--set parallel\.sharding=full cuts the model over the 432 ranks"):
-        planner.plan(read_recipe(recipe), summit, racks)
+        planner.plan(read_recipe(recipe, changed[-1:] if "sharding" in changed[-1] else ()), summit, racks)
     planner.plan(read_recipe(recipe, (*changed, "parallel.sharding=full")), summit, racks)
 
 
@@ -180,6 +181,45 @@ def test_the_margin_is_kept_free() -> None:
     assert check_memory(recipe, machine(host_memory_gib=exact * 1.001), chosen, shape, batches)
     with pytest.raises(ConfigError, match="does not fit"):
         check_memory(recipe, machine(host_memory_gib=exact * 0.999), chosen, shape, batches)
+
+
+def test_what_large_model_support_moves_has_to_fit_the_node() -> None:
+    summit, asked = read_machine("summit"), ("memory.lms_limit_gib=0", "loading.bin_residues=65536")
+    assert host_memory_gib(summit, 5616) == pytest.approx(512 / 6)
+    with pytest.raises(ConfigError) as caught:
+        planner.plan(read_recipe("prot_bert_bfd", asked), summit, Demand(num_racks=1))
+    message = str(caught.value)
+    assert "GiB in host memory; 85.3 GiB are a rank's share of its node, as much of it kept free" in message
+    offered = re.search(r"--set (loading\.bin_residues=(\d+))", message)
+    assert offered
+    planner.plan(read_recipe("prot_bert_bfd", (asked[0], offered[1])), summit, Demand(num_racks=1))
+    roomier = replace(summit, node=replace(summit.node, host_memory_gib=2048.0))
+    planner.plan(read_recipe("prot_bert_bfd", (asked[0], f"loading.bin_residues={2 * int(offered[2])}")), roomier, Demand(num_racks=1))
+
+
+def test_a_state_that_no_host_holds_is_refused_with_a_way() -> None:
+    summit, racks = read_machine("summit"), Demand(num_racks=52)
+    small = replace(summit, node=replace(summit.node, host_memory_gib=16.0))
+    asked = ("memory.optimizer_on=host", "optimizer.name=adamw")
+    planner.plan(read_recipe("prot_bert_bfd", asked), summit, racks)
+    with pytest.raises(ConfigError, match=r"alone needs 4\.7 GiB of host memory.*--set memory\.optimizer_on=device"):
+        planner.plan(read_recipe("prot_bert_bfd", asked), small, racks)
+    planner.plan(read_recipe("prot_bert_bfd", ("optimizer.name=adamw",)), small, racks)
+
+
+def test_on_cpus_what_is_put_aside_stays_in_the_same_memory() -> None:
+    need = MemoryNeed(parameters=GIB, gradients=0, optimizer=0, cast_weights=0, activations=GIB, update=0, moved=2 * GIB)
+    held = [room_on(machine(host_memory_gib=gib), 1) for gib in (4.1 / 0.9, 3.9 / 0.9)]
+    assert [room and room.holds(need) for room in held] == [True, False]
+    assert host_text(need, machine(host_memory_gib=4.0), 1) == "", "there is no other memory"
+
+
+def test_a_host_of_unknown_size_is_no_limit_and_that_is_said() -> None:
+    unknown = machine(num_gpus=4, gpu=V100)
+    room = room_on(unknown, 4)
+    need = MemoryNeed(parameters=GIB, gradients=0, optimizer=0, cast_weights=0, activations=GIB, update=0, on_host=10_000 * GIB)
+    assert room and room.holds(need)
+    assert host_text(need, unknown, 4) == "10,000.0 GiB in host memory; the profile of m does not say how much there is: not checked"
 
 
 def test_the_numbers_are_said() -> None:

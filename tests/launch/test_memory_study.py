@@ -16,7 +16,8 @@ from prottrans_hpc.launch import cli
 from prottrans_hpc.launch.memory_findings import PUBLISHED, change
 from prottrans_hpc.launch.memory_need import need_of
 from prottrans_hpc.launch.memory_policies import POLICIES
-from prottrans_hpc.launch.memory_study import Finding, Setting, choose_policies, find, largest, sequences, setting_on
+from prottrans_hpc.launch.memory_room import GIB, MARGIN, Room
+from prottrans_hpc.launch.memory_study import Finding, Setting, choose_policies, find, largest, room_text, sequences, setting_on
 from prottrans_hpc.machine import read_machine
 from prottrans_hpc.recipe import read_recipe
 
@@ -38,11 +39,32 @@ def test_one_more_does_not_fit(policy: str) -> None:
     found, recipe = find(policy, POLICIES[policy], chosen), POLICIES[policy].of(chosen.recipe)
     for number in (found.local_batch, found.local_batch + 1):
         need = need_of(recipe, chosen.record, chosen.shape, [sequences(chosen, number)], chosen.rank)
-        assert (need.peak <= chosen.usable_bytes) == (number == found.local_batch)
+        assert chosen.room.holds(need) == (number == found.local_batch)
     for layers in (found.num_layers, found.num_layers + 1):
         need = need_of(recipe, chosen.record, grown(chosen.shape, layers), [sequences(chosen, 1)], chosen.rank)
-        assert (need.peak <= chosen.usable_bytes) == (layers == found.num_layers)
+        assert chosen.room.holds(need) == (layers == found.num_layers)
     assert found.global_batch == 5616 * found.local_batch
+
+
+@pytest.mark.parametrize("recipe", ["prot_bert_bfd", "prot_txl_bfd"])
+def test_what_is_put_aside_fits_the_host_memory_of_a_node(recipe: str) -> None:
+    chosen = setting(recipe)
+    share = (1.0 - MARGIN) * 512 * GIB / 6
+    for name in ("LMS", "LMS, host optimizer"):
+        found, own = find(name, POLICIES[name], chosen), POLICIES[name].of(chosen.recipe)
+        need = need_of(own, chosen.record, chosen.shape, [sequences(chosen, found.local_batch)], chosen.rank)
+        assert 0 < need.moved <= need.on_host + need.moved <= share
+        unlimited = find(name, POLICIES[name], replace(chosen, room=replace(chosen.room, host=None)))
+        if recipe == "prot_bert_bfd":
+            assert unlimited.local_batch > 2 * found.local_batch, "a profile that does not say sets no limit"
+    assert "76.800 GiB of host memory" in room_text(chosen)
+    assert "any amount of host memory (the profile has none)" in room_text(replace(chosen, room=replace(chosen.room, host=None)))
+
+
+def test_the_hours_rest_on_the_rate_that_the_profile_says_was_seen() -> None:
+    txl, bert = setting("prot_txl_bfd").speed, setting("prot_bert_bfd").speed
+    assert (txl.flops_per_s, bert.flops_per_s) == (5.8e12, pytest.approx(0.3 * 15.7e12))
+    assert "was seen to reach" in txl.source and "a guess" in bert.source
 
 
 def test_large_model_support_gives_more_than_the_paper_had() -> None:
@@ -72,7 +94,7 @@ def test_a_policy_or_a_memory_that_nobody_knows_is_an_error_with_the_choices() -
 
 
 def test_what_fits_nowhere_is_a_zero() -> None:
-    found = find("none", POLICIES["none"], replace(setting(), usable_bytes=2**20))
+    found = find("none", POLICIES["none"], replace(setting(), room=Room(2**20, None)))
     assert found == Finding("none", 0, 0, 0, 0, None)
 
 

@@ -5,17 +5,17 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from prottrans_hpc import architecture, config
 from prottrans_hpc.launch import cli, memory_table
-from prottrans_hpc.launch.duration import ASSUMED_UTILISATION
 from prottrans_hpc.launch.memory_cut import smallest_cut
 from prottrans_hpc.launch.memory_need import MemoryNeed, Rank, need_of, own_parameters
 from prottrans_hpc.launch.memory_policies import POLICIES
-from prottrans_hpc.launch.memory_time import ASSUMED_HOST_BYTES_PER_S, MicroBatch, Speed, speed_of, time_factor
+from prottrans_hpc.launch.memory_time import ASSUMED_HOST_BYTES_PER_S, HOST_UPDATE_S, NARROWING, MicroBatch, Speed, speed_of, time_factor
 from prottrans_hpc.launch.recomputation import Tokens
 from prottrans_hpc.machine import Machine, read_machine
 from prottrans_hpc.parallel_layout import ParallelLayout
@@ -70,10 +70,33 @@ def test_an_update_on_the_host_is_shared_by_the_micro_batches_of_a_step() -> Non
     assert (once - 1.0) / (often - 1.0) == pytest.approx(100)
 
 
-def test_the_link_of_a_machine_is_that_of_its_profile() -> None:
-    assert speed_of(read_machine("summit").node.gpu, "fp32", utilisation=ASSUMED_UTILISATION).host_bytes_per_s == 50e9
-    assert speed_of(machine(16).node.gpu, "fp32", utilisation=0.5) == Speed(15.7e12 * 0.5, ASSUMED_HOST_BYTES_PER_S)
-    assert speed_of(None, "fp32", utilisation=0.5).flops_per_s is None
+def test_link_and_rate_of_a_machine_are_those_of_its_profile() -> None:
+    summit = speed_of(read_machine("summit").node.gpu, "fp16_o2")
+    assert (summit.flops_per_s, summit.host_bytes_per_s) == (5.8e12, 50e9) and "was seen to reach" in summit.source
+    unseen = speed_of(machine(16).node.gpu, "fp32")
+    assert (unseen.flops_per_s, unseen.host_bytes_per_s) == (pytest.approx(15.7e12 * 0.3), ASSUMED_HOST_BYTES_PER_S) and "a guess" in unseen.source
+    assert speed_of(None, "fp32").flops_per_s is None
+
+
+def test_what_is_called_measured_is_what_the_benchmarks_found() -> None:
+    results = Path(__file__).parents[2] / "benchmarks" / "results"
+    policies, lamb = (json.loads((results / name).read_text()) for name in ("memory_policies.json", "lamb.json"))
+    found = next(row["time_ratio"] for row in policies["rows"] if row["policy"] == "saved in bf16")
+    assert pytest.approx(found - 1.0, abs=0.0015) == NARROWING
+    seconds = {name: took / lamb["parameters"] for name, took in lamb["2 threads"]["seconds"].items()}
+    assert HOST_UPDATE_S["lamb"] == pytest.approx(seconds["prottrans_hpc, C kernel, with clipping"], rel=0.01)
+    assert HOST_UPDATE_S["adamw"] == pytest.approx(seconds["torch.optim.AdamW, fused"], rel=0.01)
+
+
+def test_host_memory_decides_which_policy_fits() -> None:
+    recipe = read_recipe("prot_bert_bfd", ("loading.bin_residues=8192",))
+    fits = {}
+    for host_gib in (None, 512.0, 4.0):
+        own = machine(16.0)
+        rows = memory_table.planned_rows(recipe, replace(own, node=replace(own.node, host_memory_gib=host_gib)), num_ranks=4)
+        fits[host_gib] = {row.name: row.fits for row in rows}
+    assert fits[None] == fits[512.0] and fits[None]["LMS"] and fits[None]["every layer"]
+    assert fits[4.0]["every layer"] and not fits[4.0]["LMS"] and not fits[4.0]["every layer, host optimizer"]
 
 
 def test_the_policy_that_fits_at_the_least_time_is_named() -> None:

@@ -13,7 +13,7 @@ from prottrans_hpc.errors import ConfigError
 from prottrans_hpc.launch import plan_text
 from prottrans_hpc.launch.checks import CorpusFacts
 from prottrans_hpc.launch.demand import Demand
-from prottrans_hpc.launch.memory_fit import GIB
+from prottrans_hpc.launch.memory_room import GIB
 from prottrans_hpc.launch.prospect import Assumptions, Prospect, check_storage, look_ahead
 from prottrans_hpc.machine import read_machine
 from prottrans_hpc.recipe import read_recipe
@@ -86,10 +86,33 @@ def test_a_corpus_that_no_disk_holds_is_refused() -> None:
 
 
 def test_the_estimate_says_what_it_assumes() -> None:
-    assert "assuming that ranks reach 30 % of their fp32 peak (--utilisation)" in words(seen(), "time")
+    assert "of work, at 4.71 TFLOP/s a GPU in fp32, 30 % of the peak (a guess: --utilisation)" in words(seen(), "time")
     faster = seen(assumptions=Assumptions(utilisation=0.6))
     slower = seen(assumptions=Assumptions(utilisation=0.3))
     assert slower.work_min and faster.work_min and slower.work_min == pytest.approx(2 * faster.work_min)
+    assert "(as given)" in words(slower, "time")
+    again = seen(settings=("memory.recompute_every=1",))
+    assert words(again, "time").endswith("layers that are computed again are counted")
+
+
+def test_the_bare_plan_of_the_published_run_is_a_chain_of_two() -> None:
+    prospect = seen("prot_txl_bfd")
+    assert prospect.num_jobs == 2 and words(prospect, "time").startswith("about 36:0")
+    assert "5.8 TFLOP/s a GPU in fp16, which a training was seen to reach" in words(prospect, "time")
+    values = plan_text.to_json(prospect, recipe_name="prot_txl_bfd")
+    assert values["utilisation"] == pytest.approx(5.8 / 125) and "seen" in values["rate"]
+
+
+def test_nobody_guesses_the_speed_of_a_cpu() -> None:
+    prospect = seen("tiny_prot_bert", "rhea", Demand(num_nodes=4))
+    assert prospect.work_min is prospect.rate is None and words(prospect, "time").startswith("unknown")
+
+
+def test_what_lies_in_host_memory_is_said_with_how_much_there_is() -> None:
+    assert "host memory" not in words(seen(), "memory")
+    moved = seen(settings=("memory.lms_limit_gib=0",))
+    assert moved.memory and f"{moved.memory.in_host / GIB:,.1f} GiB in host memory; 85.3 GiB are a rank's share of its node" in words(moved, "memory")
+    assert plan_text.to_json(moved, recipe_name="x")["host_memory_gib"] == pytest.approx(512 / 6)
 
 
 def test_a_given_time_shrinks_with_what_is_done() -> None:

@@ -6,6 +6,7 @@ ranks of the same arithmetic. A local batch is sequences a core, as the table co
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,9 @@ from prottrans_hpc.launch.batch_arithmetic import plan_batches
 from prottrans_hpc.launch.campaign import is_campaign, read_campaign
 from prottrans_hpc.launch.checks import check_model
 from prottrans_hpc.launch.demand import Demand
-from prottrans_hpc.launch.memory_fit import GIB
+from prottrans_hpc.launch.memory_room import GIB
 from prottrans_hpc.launch.prospect import look_ahead
-from prottrans_hpc.machine import read_machine
+from prottrans_hpc.machine import Machine, read_machine
 from prottrans_hpc.recipe import read_recipe
 
 
@@ -44,6 +45,8 @@ class Column:
     data: str
     """The campaign that made the corpus."""
     decay: str = "linear"
+    model_parallel: int = 1
+    """Cores that share a replica."""
 
 
 LAMB = ("lamb", 2e-3, 0.01)
@@ -56,10 +59,10 @@ TABLE_2 = {
     "prot_xlnet": Column(512, (1_024,), (2,), (512,), (847_000,), (20_000,), "adam", 1e-5, 0.01, 409, "uniref100"),
     "prot_albert": Column(512, (10_752, 1_024), (21, 2), (512, 2048), (150_000, 150_000), (40_000, 5_000), *LAMB, 224, "uniref100"),
     "prot_electra": Column(512, (9_216, 3_584), (18, 7), (512, 1024), (400_000, 400_000), (40_000, 40_000), *LAMB, 420, "uniref100"),
-    "prot_t5_xl_bfd": Column(1024, (4_096,), (4,), (512,), (1_200_000,), (10_000,), *ADAFACTOR, 3_000, "bfd", "inverse_square_root"),
-    "prot_t5_xl_u50": Column(256, (2_048,), (8,), (512,), (991_000,), (10_000,), *ADAFACTOR, 3_000, "uniref50", "inverse_square_root"),
-    "prot_t5_xxl_bfd": Column(1024, (4_096,), (4,), (512,), (920_000,), (10_000,), *ADAFACTOR, 11_000, "bfd", "inverse_square_root"),
-    "prot_t5_xxl_u50": Column(256, (2_048,), (8,), (512,), (343_000,), (10_000,), *ADAFACTOR, 11_000, "uniref50", "inverse_square_root"),
+    "prot_t5_xl_bfd": Column(1024, (4_096,), (4,), (512,), (1_200_000,), (10_000,), *ADAFACTOR, 3_000, "bfd", "inverse_square_root", 8),
+    "prot_t5_xl_u50": Column(256, (2_048,), (8,), (512,), (991_000,), (10_000,), *ADAFACTOR, 3_000, "uniref50", "inverse_square_root", 8),
+    "prot_t5_xxl_bfd": Column(1024, (4_096,), (4,), (512,), (920_000,), (10_000,), *ADAFACTOR, 11_000, "bfd", "inverse_square_root", 32),
+    "prot_t5_xxl_u50": Column(256, (2_048,), (8,), (512,), (343_000,), (10_000,), *ADAFACTOR, 11_000, "uniref50", "inverse_square_root", 32),
 }
 NOT_ARITHMETIC = {"prot_txl": (4,)}
 """Local batches that the global batch contradicts: 5 x 5,616 are 28,080, not 22,464."""
@@ -90,6 +93,43 @@ def test_the_published_ranks_get_the_published_local_batch(name: str) -> None:
     batches = plan_batches(recipe, num_ranks=column.cores)
     assert [batch.sequences_per_rank for batch in batches] == list(NOT_ARITHMETIC.get(name, column.local_batch))
     assert [batch.num_idle_ranks for batch in batches] == [0] * len(recipe.phases)
+
+
+def as_published(name: str) -> tuple[str, ...]:
+    """The table's model parallelism, as settings."""
+    return (f"parallel.tensor_ranks={TABLE_2[name].model_parallel}", "parallel.tensor_within=machine")
+
+
+T5 = {"prot_t5_xl_bfd": 32, "prot_t5_xl_u50": 64, "prot_t5_xxl_bfd": 128, "prot_t5_xxl_u50": 256}
+"""Sequences a replica: what the table's local batch comes to, which is that of a core."""
+
+
+def tpu_pod(num_cores: int) -> Machine:
+    """Hosts of eight cores, as many as the table has; its cores had 16 GiB (v3)."""
+    core = {"name": "TPU v3 core", "memory_gib": 16.0, "peak_tflops": {"fp32": 61.0}}
+    node = {"num_cpu_cores": 96, "num_gpus": 8, "gpu": core}
+    values = {"name": "tpu_pod", "description": "", "scheduler": "local", "starter": "processes", "max_nodes": num_cores // 8, "ranks_per_node": 8}
+    return config.parse(Machine, values | {"node": node}, source="test")
+
+
+@pytest.mark.parametrize("name", T5)
+def test_model_parallel_as_published_gives_a_replica_the_derived_batch_and_fits(name: str) -> None:
+    column = TABLE_2[name]
+    recipe, pod = read_recipe(name, as_published(name)), tpu_pod(column.cores)
+    seen = look_ahead(recipe, pod, Demand(num_nodes=column.cores // 8))
+    (batch,) = seen.batches
+    assert (batch.num_data_ranks, batch.sequences_per_rank) == (column.cores // column.model_parallel, T5[name])
+    assert seen.memory is not None and seen.memory.peak < 0.9 * 16 * GIB
+    assert read_recipe(name).parallel.tensor_ranks == 1, "the size of a group is chosen with the machine, as the recipe says"
+
+
+@pytest.mark.parametrize("name", T5)
+def test_the_ways_that_a_recipe_names_plan(name: str) -> None:
+    text = config.find_file("jobs", name).read_text(encoding="utf-8")
+    commands = re.findall(r"^# +prottrans plan (.+)$", text, re.M)
+    assert len(commands) == 3 and f"parallel.tensor_ranks = {TABLE_2[name].model_parallel} " in text
+    for command in commands:
+        assert cli.main(["plan", *command.split(), "--json", "-q"]) == 0, command
 
 
 @pytest.mark.parametrize("name", SUMMIT)
@@ -152,10 +192,9 @@ TOO_LARGE = (
     "prot_t5_xl_bfd",
     "prot_t5_xl_u50",
     "protein_lm_1p2b",
-    "protein_lm_3b",
-    *(f"protein_lm_h{shape}" for shape in ("2048_l24_a8", "2048_l24_a16", "3072_l24_a16")),
+    *(f"protein_lm_h{shape}" for shape in ("2048_l24_a8", "2048_l24_a16")),
 )
-"""On 4 racks a copy of the model does not fit into 16 GiB; cut over the ranks it does, as `prottrans memory` says."""
+"""On 4 racks a copy of the model does not fit into 16 GiB; cut over the ranks it does, as `prottrans memory` says. ProteinLM's largest recipes are cut as they are."""
 CUT = ("--set", "parallel.sharding=full")
 SETTINGS = {**dict.fromkeys(TOO_LARGE, CUT), **dict.fromkeys(("prot_t5_xxl_bfd", "prot_t5_xxl_u50"), (*CUT, "--set", "memory.recompute_every=1"))}
 PUBLISHED = [name for name in config.shipped_names("jobs") if not name.startswith(("preprocess_", "tiny_", "small_"))]
@@ -171,3 +210,34 @@ def test_every_published_model_is_one_command_on_summit(name: str, tmp_path: Pat
     if name in SETTINGS:
         assert cli.main(command) == 64
         assert "does not fit" in capfdbinary.readouterr().err.decode()
+
+
+PROTEIN_LM = [name for name in config.shipped_names("jobs") if name.startswith("protein_lm_")]
+"""Xiao et al. 2021: 480 V100 of 32 GB for about three weeks, 4 rows of 2,176 tokens each a step; how many a node had is not said, eight are assumed."""
+
+
+def v100_32gb() -> Machine:
+    card = {"name": "V100-32GB", "memory_gib": 32.0, "peak_tflops": {"fp32": 15.7, "fp16": 125.0}}
+    node = {"num_cpu_cores": 48, "num_gpus": 8, "gpu": card, "host_memory_gib": 512.0}
+    values = {"name": "v100", "description": "", "scheduler": "local", "starter": "processes", "max_nodes": 60, "ranks_per_node": 8}
+    return config.parse(Machine, values | {"node": node}, source="test")
+
+
+def test_every_configuration_of_protein_lm_has_its_recipe() -> None:
+    assert len(PROTEIN_LM) == 13 and {"protein_lm_200m", "protein_lm_1p2b", "protein_lm_3b"} < set(PROTEIN_LM)
+
+
+@pytest.mark.parametrize("name", PROTEIN_LM)
+def test_480_cards_hold_protein_lm(name: str) -> None:
+    seen = look_ahead(read_recipe(name), v100_32gb(), Demand(num_nodes=60))
+    (batch,), (phase,) = seen.batches, seen.recipe.phases
+    assert (batch.num_ranks, phase.steps, phase.warmup_steps, phase.max_residues) == (480, 1_000_000, 9_900, 2_175)
+    assert phase.global_batch_residues == 480 * 4 * 2_176
+    assert batch.sequences_per_rank * batch.mean_residues == pytest.approx(4 * 2_176, rel=0.001)
+    assert seen.memory is not None and seen.memory.peak < 0.9 * 32 * GIB and not seen.notes
+
+
+@pytest.mark.parametrize("name", ["protein_lm_3b", "protein_lm_h3072_l24_a16"])
+def test_the_largest_protein_lm_has_to_be_cut(name: str) -> None:
+    with pytest.raises(ConfigError, match="does not fit"):
+        look_ahead(read_recipe(name, ("parallel.sharding=none",)), v100_32gb(), Demand(num_nodes=60))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
+import re
 
 import pytest
 
@@ -54,23 +56,70 @@ def test_every_precision_can_be_cut(precision: str) -> None:
 @pytest.mark.parametrize(
     ("recipe", "machine", "settings", "num_ranks", "said"),
     [
-        ("prot_bert_bfd", "summit", ("parallel.tensor_ranks=4",), 24, "nearest that do are 3 and 6; or let a group reach further"),
+        (
+            "prot_bert_bfd",
+            "summit",
+            ("parallel.tensor_ranks=4",),
+            24,
+            "nearest that would do, for the model too: 2; or let a group reach further: --set parallel.tensor_within=machine",
+        ),
         ("prot_bert_bfd", "summit", ("parallel.tensor_ranks=3",), 24, "does not divide num_heads 16, intermediate_size 4,096 of prot_bert"),
-        ("prot_bert_bfd", "summit", ("parallel.tensor_ranks=24", "parallel.tensor_within=rack"), 24, "the nearest that do are 18 and 36"),
+        (
+            "prot_bert_bfd",
+            "summit",
+            ("parallel.tensor_ranks=24", "parallel.tensor_within=rack"),
+            108,
+            "Possible are 1, 2, 4, 8, 16; on 108 ranks of summit 2 would do",
+        ),
         ("prot_bert_bfd", "summit", ("parallel.sharding=hybrid", "parallel.shard_ranks=24"), 48, "shard_ranks that do are 18 and 36"),
         ("prot_bert_bfd", "summit", ("parallel.sharding=hybrid", "parallel.shard_ranks=12"), 42, "take 6 or 8 nodes of 6 ranks"),
         ("tiny_prot_bert", "laptop", ("parallel.tensor_ranks=2",), 3, "take 2 or 4 ranks"),
         ("tiny_prot_bert", "laptop", ("parallel.sharding=hybrid", "parallel.shard_ranks=4"), 6, "shard_ranks that do are 3 and 6"),
         ("tiny_prot_electra", "laptop", ("parallel.tensor_ranks=4",), 4, "generator.num_heads 2 of prot_electra"),
         ("prot_txl_bfd", "nvl72", ("parallel.tensor_ranks=4",), 64, "does not divide num_heads 14 of prot_txl"),
-        ("prot_txl_bfd", "nvl72", ("parallel.tensor_ranks=4",), 64, "Possible are 1, 2; nearest: 2"),
-        ("prot_xlnet", "summit", ("parallel.tensor_ranks=6",), 108, "Possible are 1, 2, 4, 8, 16; nearest: 4 and 8"),
+        ("prot_txl_bfd", "nvl72", ("parallel.tensor_ranks=4",), 64, "Possible are 1, 2; on 64 ranks of nvl72 2 would do"),
+        ("prot_xlnet", "summit", ("parallel.tensor_ranks=6",), 108, "1, 2, 4, 8, 16; on 108 ranks of summit 2 would do"),
     ],
 )
 def test_what_cannot_be_is_answered_with_what_can(recipe: str, machine: str, settings: tuple[str, ...], num_ranks: int, said: str) -> None:
     with pytest.raises(ConfigError) as error:
         _checked(read_recipe(recipe, settings), read_machine(machine), num_ranks)
     assert said in str(error.value)
+
+
+WISHES = [*itertools.product(("prot_t5_xl_bfd", "prot_t5_xxl_bfd", "prot_txl_bfd"), (3, 4, 6, 8, 12), ("node", "rack"))]
+
+
+@pytest.mark.parametrize(("recipe", "tensor", "within"), WISHES)
+def test_advice_about_tensor_groups_never_goes_in_a_circle(recipe: str, tensor: int, within: str) -> None:
+    """Every size and setting that a refusal names is accepted; TXL-BFD's 14 heads and Summit's six ranks a node leave 2 alone."""
+    summit, wish = read_machine("summit"), (f"parallel.tensor_ranks={tensor}", f"parallel.tensor_within={within}")
+    with pytest.raises(ConfigError) as error:
+        _checked(read_recipe(recipe, wish), summit, 1728)
+    said = str(error.value)
+    sizes = re.search(r"for the model too: ([\d, and]+)|ranks of summit ([\d, and]+) would do", said)
+    assert sizes, said
+    for size in re.findall(r"\d+", sizes[1] or sizes[2]):
+        assert _checked(read_recipe(recipe, (f"parallel.tensor_ranks={size}", wish[1])), summit, 1728).num_tensor == int(size)
+    if wider := re.search(r"--set (parallel\.tensor_within=\w+)", said):
+        assert _checked(read_recipe(recipe, (wish[0], wider[1])), summit, 1728).num_tensor == tensor
+
+
+def test_where_no_size_has_room_near_by_that_is_said_with_the_way_out() -> None:
+    with pytest.raises(ConfigError, match=r"none of them but 1 has room on 7 ranks of laptop"):
+        _checked(read_recipe("prot_txl_bfd", ("precision=fp32", "parallel.tensor_ranks=4")), read_machine("laptop"), 7)
+    lonely = dataclasses.replace(read_machine("summit"), ranks_per_node=1)
+    wish = ("parallel.tensor_ranks=2",)
+    with pytest.raises(ConfigError, match=r"no size that the model can have does \(2 and 4 .*--set parallel\.tensor_within=rack"):
+        _checked(read_recipe("prot_bert_bfd", wish), lonely, 108)
+    assert _checked(read_recipe("prot_bert_bfd", (*wish, "parallel.tensor_within=rack")), lonely, 108).num_tensor == 2
+
+
+def test_whole_racks_are_answered_with_whole_racks() -> None:
+    wish = ("parallel.tensor_ranks=32", "parallel.tensor_within=machine")
+    with pytest.raises(ConfigError, match=r"take 864 or 1,008 nodes of 6 ranks \(48 or 56 racks\)"):
+        _checked(read_recipe("prot_t5_xxl_u50", wish), read_machine("summit"), 5616)
+    assert [_checked(read_recipe("prot_t5_xxl_u50", wish), read_machine("summit"), 6 * nodes).num_tensor for nodes in (864, 1008)] == [32, 32]
 
 
 def test_an_architecture_that_says_nothing_of_tensor_groups_has_none() -> None:

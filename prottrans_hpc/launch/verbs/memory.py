@@ -57,7 +57,7 @@ def show(recipe: str, machine: str, demand: Demand, measure: bool, corpus: Path 
     from ... import config
     from ...machine import read_machine
     from ...recipe import read_recipe
-    from .. import checks, memory_table, planner
+    from .. import checks, memory_table, memory_time, planner
 
     chosen, profile = read_recipe(recipe, settings), read_machine(machine)
     architecture, model_size = checks.check_model(chosen)
@@ -74,6 +74,7 @@ def show(recipe: str, machine: str, demand: Demand, measure: bool, corpus: Path 
     click.echo(f"{recipe}: {checks.model_line(chosen, architecture, model_size)}; {what}")
     for line in memory_table.describe(rows):
         click.echo(line)
+    click.echo(f"times: {memory_time.speed_of(profile.node.gpu, chosen.precision).source}")
     click.echo(memory_table.verdict(rows, chosen, profile, num_ranks))
 
 
@@ -129,7 +130,7 @@ def study(
     found = [memory_study.find(name, policy, setting) for name, policy in policies.items()]
     if measure:
         request = {"recipe": config.to_json(chosen), "policies": {name: config.to_json(policy.memory) for name, policy in policies.items()}}
-        request |= {"corpus": str(corpus) if corpus else None, "budget_bytes": setting.usable_bytes}
+        request |= {"corpus": str(corpus) if corpus else None, "budget_bytes": setting.room.device}
         request["guesses"] = {one.policy: {"layers": one.num_layers, "sequences": one.local_batch} for one in found}
         found = memory_study.as_measured(setting, _asked("memory-study", request))
     told = memory_findings.to_json(found, setting, recipe_name=recipe, machine_name="this computer" if measure else profile.name)
@@ -138,7 +139,7 @@ def study(
         click.echo(json.dumps(told, indent=1))
         return
     what = "measured here, one rank" if measure else f"predicted for {num_ranks:,} ranks of {profile.name}"
-    click.echo(f"{recipe}: {what}, {setting.usable_bytes / 2**30:.3f} GiB each")
+    click.echo(f"{recipe}: {what}, {memory_study.room_text(setting)}; {setting.speed.source}")
     for line in memory_findings.describe(found):
         click.echo(line)
     click.echo(f"written: {out}/study.json, study.csv, study.png")

@@ -35,13 +35,13 @@ def list_(context: click.Context, as_json: bool) -> None:
     _print_list(as_json or bool(context.obj))
 
 
-@models.command(epilog=examples("prottrans models show prot_bert", "prottrans models show prot_bert_bfd --json"))
+@models.command(epilog=examples("prottrans models show prot_bert", "prottrans models show prot_bert_bfd --json", "prottrans models show tiny_prot_t5"))
 @click.argument("name", metavar="NAME")
 @as_json
 @verbosity
 @click.pass_context
 def show(context: click.Context, name: str, as_json: bool) -> None:
-    """Print everything about one architecture, or one published size: shapes, parameters, where the numbers come from, errata."""
+    """Print everything about one architecture, or one of its sizes, or that of a recipe: shapes, parameters, where the numbers come from, errata."""
     record = _find(name)
     if as_json or context.obj:
         click.echo(json.dumps(record, indent=1))
@@ -68,15 +68,30 @@ def _shared_errata(sizes: list[dict[str, Any]]) -> list[str]:
 
 
 def _find(name: str) -> dict[str, Any]:
-    """The architecture of a name; else the one that has a size of that name, with this size alone. Raises ConfigError."""
-    from ... import architecture
+    """The architecture of a name; else the one that has a size of that name, or whose recipe it is, with that size alone. Raises ConfigError."""
+    from ... import architecture, config
+    from ...errors import ConfigError
+    from ...recipe import read_recipe
+    from ..campaign import is_campaign
 
-    if name not in architecture.names():
-        owners = [record for record in architecture.available() if name in record.sizes]
-        if len(owners) == 1:
-            record = describe(owners[0])
-            return record | {"sizes": [size for size in record["sizes"] if size["name"] == name]}
-    return describe(architecture.get(name))
+    if name in architecture.names():
+        return describe(architecture.get(name))
+    records = architecture.available()
+    owners = [record for record in records if name in record.sizes]
+    if len(owners) == 1:
+        return _of_size(owners[0], name)
+    recipes = [recipe for recipe in config.shipped_names("jobs") if not is_campaign(recipe)]
+    if name in recipes:
+        recipe = read_recipe(name)
+        return _of_size(architecture.get(recipe.architecture.name), recipe.architecture.size)
+    sizes = [size for record in records for size in record.sizes]
+    known = sorted({*architecture.names(), *(size for size in sizes if sizes.count(size) == 1), *recipes})
+    raise ConfigError(f"no architecture, size or recipe is called {name!r}{config.meant(name, known)}")
+
+
+def _of_size(record: Any, size_name: str) -> dict[str, Any]:
+    whole = describe(record)
+    return whole | {"sizes": [size for size in whole["sizes"] if size["name"] == size_name]}
 
 
 def describe(record: Any) -> dict[str, Any]:

@@ -10,8 +10,8 @@ from pathlib import Path
 import click
 
 from ..demand import Demand
-from ..duration import ASSUMED_UTILISATION
 from ..options import as_json, as_minutes, examples, machine_option, path_option, settings, size, verbosity
+from ..rate import ASSUMED_UTILISATION
 
 _EXAMPLES = examples(
     "prottrans plan prot_bert_bfd --machine summit --racks 52 --total-time 36:00",
@@ -31,15 +31,13 @@ _EXAMPLES = examples(
     "--utilisation",
     metavar="SHARE",
     type=click.FloatRange(0.0, 1.0, min_open=True),
-    default=ASSUMED_UTILISATION,
-    show_default=True,
-    help="Share of the GPUs' peak that the estimated time assumes.",
+    help=f"Share of the GPUs' peak that the estimated time assumes.  [default: the rate that the profile says was seen, else {ASSUMED_UTILISATION:.0%}]",
 )
 @settings
 @as_json
 @verbosity
 def plan(
-    recipe: str, machine: str, demand: Demand, corpus: Path | None, total_min: int | None, utilisation: float, settings: tuple[str, ...], as_json: bool
+    recipe: str, machine: str, demand: Demand, corpus: Path | None, total_min: int | None, utilisation: float | None, settings: tuple[str, ...], as_json: bool
 ) -> None:
     """Say what RECIPE needs on a machine: nodes, queue, batches, memory, time, jobs, cost; and why.
 

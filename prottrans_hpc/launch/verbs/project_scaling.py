@@ -8,8 +8,8 @@ from pathlib import Path
 import click
 
 from ...errors import ConfigError
-from ..duration import ASSUMED_UTILISATION
 from ..options import as_json, examples, path_option, run_here, settings, verbosity
+from ..rate import ASSUMED_UTILISATION
 
 _EXAMPLES = examples(
     "prottrans project-scaling studies/prot_bert --nodes 936",
@@ -38,9 +38,7 @@ def _as_sizes(ctx: click.Context, param: click.Parameter, value: str) -> tuple[i
     "--utilisation",
     metavar="SHARE",
     type=click.FloatRange(0.0, 1.0, min_open=True),
-    default=ASSUMED_UTILISATION,
-    show_default=True,
-    help="With --machine: share of the GPUs' peak, where the profile has no rate that was seen.",
+    help=f"With --machine: share of the GPUs' peak.  [default: the rate that the profile says was seen, else {ASSUMED_UTILISATION:.0%}]",
 )
 @path_option("--out", metavar="DIR", help="Where projection.json goes.  [default: the study's DIR; with --machine nowhere]")
 @settings
@@ -52,7 +50,7 @@ def project_scaling(
     machine: str | None,
     comm: Path | None,
     what_if: bool,
-    utilisation: float,
+    utilisation: float | None,
     out: Path | None,
     settings: tuple[str, ...],
     as_json: bool,
