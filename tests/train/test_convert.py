@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import shutil
+import stat
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -325,6 +328,31 @@ def test_nothing_is_overwritten(trained, exported, tmp_path):
         import_(exported, tmp_path)
     with pytest.raises(ConfigError, match="'onnx' is not known; choose from hf"):
         export(trained[0], tmp_path / "onnx", to="onnx")
+
+
+def test_every_file_may_be_read_by_whom_the_umask_lets(trained, tmp_path):
+    before = os.umask(0o027)
+    try:
+        export(trained[0], tmp_path / "hf")
+    finally:
+        os.umask(before)
+    assert {path.name: oct(stat.S_IMODE(path.stat().st_mode)) for path in (tmp_path / "hf").iterdir()} == dict.fromkeys(FILES, "0o640")
+
+
+@pytest.mark.parametrize("size", ["4k", "400k"])
+def test_a_full_disk_is_named_and_nothing_half_is_left(trained, tmp_path, prottrans, size):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("this user may not mount a small file system")
+    try:
+        told = prottrans("export", str(trained[0]), "--to", "hf", str(disk / "hf"), code=73)
+        assert "No space left on device" in told.stderr
+        assert f"(file system {disk})" in told.stderr
+        assert "Traceback" not in told.stderr
+        assert list(disk.iterdir()) == []
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
 def test_the_commands_do_it_too(prottrans, trained, tmp_path):
