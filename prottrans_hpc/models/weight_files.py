@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import pickle
 import struct
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -109,9 +110,16 @@ def _read_sharded(index: Path) -> Tensors:
 def _read_pickle(path: Path) -> Tensors:
     _check_seal(path)
     try:
-        values = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            # What torch cannot read of a newer pickle it refuses, and that is told below.
+            warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)
+            values = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise DataError(f"{path} is refused: it holds more than tensors, and running what it holds is not safe ({_first_line(error)})") from error
+        # Not in torch's words, which tell how to run the file.
+        raise DataError(
+            f"{path} is refused: it holds more than tensors, and reading the rest would run it as a program. Take a {SAFETENSORS} from where the model "
+            "comes from, or make one (safetensors.torch.save_file) from a state_dict that you trust, on a machine where a wrong one does no harm"
+        ) from error
     except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, IndexError, TypeError) as error:
         raise DataError(f"{path} is damaged or no PyTorch weight file ({_first_line(error)})") from error
     if not isinstance(values, dict) or not all(isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in values.items()):
