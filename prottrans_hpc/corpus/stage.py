@@ -41,7 +41,8 @@ def preprocess(request: Request) -> None:
         index = build(options, pool)
     if farm is not None:
         durable.remove_folder(farm.folder)
-    _print([index], request["json"])
+    if request["json"] or terminal.verbosity() > terminal.QUIET:
+        _print([index], request["json"])
 
 
 def _open_pool(request: Request, farm: Farm | None, stop: Path) -> contextlib.AbstractContextManager[Pool]:
