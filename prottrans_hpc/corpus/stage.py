@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import durable, errors, terminal
-from ..errors import CheckpointError, DataError, ProttransError
+from .. import durable, errors, rank, terminal
+from ..errors import CheckpointError, ConfigError, DataError, ProttransError
 from ..stage import Farm, Request
 from . import kernel
 from .alphabet import Rules
@@ -19,7 +21,7 @@ from .identity import BuildOptions
 from .index import Index, read_index
 from .pool import Pool, open_pool
 from .report import draw, print_table, summary
-from .workplace import stop_file
+from .workplace import OccupiedError, stop_file
 
 
 def preprocess(request: Request) -> None:
@@ -38,7 +40,10 @@ def preprocess(request: Request) -> None:
     farm: Farm | None = request.get("farm")
     with _open_pool(request, farm, stop_file(options.out)) as pool:
         _announce(pool.num_workers)
-        index = build(options, pool)
+        try:
+            index = build(options, pool)
+        except OccupiedError as error:
+            raise OccupiedError(f"{error}{'' if request['mpi'] else _hint(os.environ)}") from error
     if farm is not None:
         durable.remove_folder(farm.folder)
     if request["json"] or terminal.verbosity() > terminal.QUIET:
@@ -51,6 +56,15 @@ def _open_pool(request: Request, farm: Farm | None, stop: Path) -> contextlib.Ab
     from .task_folder import TaskFolder
 
     return contextlib.nullcontext(TaskFolder(farm))
+
+
+def _hint(environment: Mapping[str, str]) -> str:
+    """Ranks that do not know of each other are each other's other process."""
+    with contextlib.suppress(ConfigError):
+        context = rank.detect(environment)
+        if context.world_size > 1:
+            return f"; this is one of {context.world_size} ranks that {context.starter} started: did you forget --mpi, with which they share the work?"
+    return ""
 
 
 def _announce(num_workers: int) -> None:

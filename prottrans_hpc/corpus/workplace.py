@@ -21,11 +21,15 @@ WORK = ".work"
 _SHARD = re.compile(rf"({'|'.join(SPLITS)})-\d{{5,}}\.h5")
 
 
+class OccupiedError(ResourceError):
+    """Another process is making this corpus."""
+
+
 @contextlib.contextmanager
 def open_workplace(out: Path) -> Iterator[Path]:
     """The working folder within `out`, ours alone; what is of no use to a later run is removed at the end.
 
-    Raises ConfigError when `out` holds something else, ResourceError when another process is making this corpus.
+    Raises ConfigError when `out` holds something else, OccupiedError when another process is making this corpus.
     """
     created = not out.exists()
     _refuse_foreign(out)
@@ -85,7 +89,7 @@ def _locked(path: Path, out: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ResourceError(f"another process is making the corpus {out}") from None
+            raise OccupiedError(f"another process is making the corpus {out}") from None
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
                 raise
