@@ -46,7 +46,7 @@ class HuggingFaceLayout:
     tokenizer_problems: Callable[[Path, Vocabulary], list[str]]
     """`(folder, vocabulary)` -> how the folder's vocabulary differs, a line each."""
     usage: str
-    """Python that opens an exported folder `DIR`, for the model card."""
+    """Python that opens the exported folder whose path is `folder`, for the model card."""
     own_keys: frozenset[str] = frozenset()
     """Keys by which a config.json is known that has neither model_type nor architectures; empty where none tells."""
     token_rows: tuple[str, ...] = ()

@@ -165,8 +165,8 @@ LAYOUT = HuggingFaceLayout(
     tokenizer_problems=_tokenizer_problems,
     usage="""from transformers import AutoModel, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("DIR")  # needs the packages sentencepiece and protobuf
-model = AutoModel.from_pretrained("DIR")
+tokenizer = AutoTokenizer.from_pretrained(folder)  # needs the packages sentencepiece and protobuf
+model = AutoModel.from_pretrained(folder)
 inputs = tokenizer("M K T A Y I A K Q R", return_tensors="pt")  # one blank between residues; write U, Z, O and B as X
 residue_vectors = model(**inputs).last_hidden_state[0, 1:-1]""",
     own_keys=frozenset({"num_hidden_groups", "inner_group_num"}),

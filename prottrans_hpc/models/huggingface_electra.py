@@ -126,11 +126,11 @@ LAYOUT = HuggingFaceLayout(
     tokenizer_problems=huggingface_bert.LAYOUT.tokenizer_problems,
     usage="""from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForPreTraining, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("DIR")
-model = AutoModel.from_pretrained("DIR")
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModel.from_pretrained(folder)
 inputs = tokenizer("M K T A Y I A K Q R", return_tensors="pt")  # one blank between residues; write U, Z, O and B as X
 residue_vectors = model(**inputs).last_hidden_state[0, 1:-1]
-discriminator = AutoModelForPreTraining.from_pretrained("DIR")  # log odds that a residue was replaced
-generator = AutoModelForMaskedLM.from_pretrained("DIR/generator")  # only where the folder generator/ exists""",
+discriminator = AutoModelForPreTraining.from_pretrained(folder)  # log odds that a residue was replaced
+generator = AutoModelForMaskedLM.from_pretrained(f"{folder}/generator")  # only where the folder generator/ exists""",
     companions={"generator": Companion(_GENERATOR, _join)},
 )

@@ -147,8 +147,8 @@ LAYOUT = HuggingFaceLayout(
     own_keys=frozenset({"base_model", "num_hidden_layers"}),
     usage="""from transformers import AutoTokenizer, MegatronBertModel
 
-tokenizer = AutoTokenizer.from_pretrained("DIR")
-model = MegatronBertModel.from_pretrained("DIR", add_pooling_layer=False)
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = MegatronBertModel.from_pretrained(folder, add_pooling_layer=False)
 inputs = tokenizer("M K T A Y I A K Q R", return_tensors="pt")  # one blank between residues; [CLS] in front, nothing behind
 residue_vectors = model(**inputs).last_hidden_state[0, 1:]""",
 )

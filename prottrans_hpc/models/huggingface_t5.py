@@ -193,8 +193,8 @@ LAYOUT = HuggingFaceLayout(
     encoder_of=_encoder_of,
     usage="""from transformers import AutoTokenizer, T5EncoderModel
 
-tokenizer = AutoTokenizer.from_pretrained("DIR")
-model = T5EncoderModel.from_pretrained("DIR")
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = T5EncoderModel.from_pretrained(folder)
 inputs = tokenizer("M K T A Y I A K Q R", return_tensors="pt")  # one blank between residues; write U, Z, O and B as X
 residue_vectors = model(**inputs).last_hidden_state[0, :-1]""",
 )

@@ -128,8 +128,8 @@ LAYOUT = HuggingFaceLayout(
 import torch
 from transformers import TransfoXLLMHeadModel
 
-model = TransfoXLLMHeadModel.from_pretrained("DIR").eval()
-tokens = {token: number for number, token in enumerate(open("DIR/vocab.txt").read().split())}
+model = TransfoXLLMHeadModel.from_pretrained(folder).eval()
+tokens = {token: number for number, token in enumerate(open(f"{folder}/vocab.txt").read().split())}
 ids = torch.tensor([[tokens.get(residue, 1) for residue in "MKTAYIAKQR"] + [2]])
 nothing = [torch.empty(0, 1, model.config.d_model)] * model.config.n_layer  # else it attends to vectors of zeros first
 residue_vectors = model.transformer(ids, mems=nothing).last_hidden_state[0, :-1]""",

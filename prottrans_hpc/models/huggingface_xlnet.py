@@ -162,8 +162,8 @@ LAYOUT = HuggingFaceLayout(
     tokenizer_problems=_tokenizer_problems,
     usage="""from transformers import AutoModel, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("DIR")  # needs the packages sentencepiece and protobuf
-model = AutoModel.from_pretrained("DIR")
+tokenizer = AutoTokenizer.from_pretrained(folder)  # needs the packages sentencepiece and protobuf
+model = AutoModel.from_pretrained(folder)
 inputs = tokenizer("M K T A Y I A K Q R", return_tensors="pt")  # one blank between residues; X, U, Z, O and B are unknown to it
 residue_vectors = model(**inputs).last_hidden_state[0, :-2]  # behind the residues come <sep> and <cls>""",
     token_rows=("words.weight", "head.bias"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import shutil
 import stat
 import subprocess
@@ -20,6 +21,7 @@ from prottrans_hpc.models.huggingface_bert import LAYOUT
 from prottrans_hpc.models.prot_bert import build
 from prottrans_hpc.stage import run_stage
 from prottrans_hpc.train import checkpoint
+from prottrans_hpc.train.convert import render_card
 
 RECORD = architecture.get("prot_bert")
 FILES = {"README.md", "config.json", "manifest.json", "model.safetensors", "special_tokens_map.json", "tokenizer_config.json", "vocab.txt"}
@@ -107,6 +109,26 @@ def test_the_model_card_says_what_it_is_and_how_to_use_it(exported):
     assert card.startswith("---\nlibrary_name: transformers\n")
     for said in ("prot_bert", "size: tiny", "parameters: 274,592", "imported from: a test", "AutoTokenizer.from_pretrained", "one blank between residues"):
         assert said in card
+
+
+def test_the_example_of_the_model_card_works_as_it_is_pasted(trained, exported, monkeypatch):
+    pytest.importorskip("transformers", reason="the reference implementation: pip install 'prottrans-hpc[interop]'")
+    snippet = re.search(r"```python\n(.*?)```", (exported / "README.md").read_text(), re.DOTALL)[1]
+    monkeypatch.chdir(exported)
+    names = {}
+    exec(snippet, names)
+    hidden = trained[1].hidden(one_sequence(names["inputs"]["input_ids"][0]))
+    assert names["residue_vectors"].shape == (10, 64)
+    assert (names["residue_vectors"] - hidden[1:-1]).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("name", [record.name for record in architecture.available() if record.huggingface])
+def test_every_example_is_python_that_opens_the_folder_of_its_card(name):
+    record = architecture.get(name)
+    card = render_card(record, record.size("tiny").shape, {"identity": {}, "step": 0, "run_id": None})
+    snippet = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
+    compile(snippet, name, "exec")
+    assert snippet.startswith('folder = "."') and "from_pretrained(folder" in snippet
 
 
 def test_the_published_folders_settings_are_those_of_an_export(exported):
