@@ -104,7 +104,7 @@ def _without_duplicates(options: BuildOptions, sources: Sequence[Source], scanne
     if options.names:
         files, found = find_all("name", scanned.pieces, pool, folder, dropped=dropped)
         if found.first is not None and options.rules.invalid == "error":
-            raise DataError(_twice(found.num, found.first, sources, scanned.pieces))
+            raise DataError(f"{_twice(found.num, found.first, sources, scanned.pieces)} ({_advice(options)})")
         skip = options.rules.invalid == "skip"
         counts["names_dropped" if skip else "names_kept"] = found.num
         dropped += files if found.num and skip else []
@@ -127,8 +127,13 @@ def _twice(num: int, pair: tuple[int, int], sources: Sequence[Source], pieces: S
         at = 1 if places and pieces[place_of(pair[1])[0]].source == pieces[piece].source else 0
         places.append(f"{source.path}, line {lines[at] if at < len(lines) else '?'}")
     others = f", and {num - 1} more like it" if num > 1 else ""
-    advice = "--dedup leaves out equal sequences, --invalid skip all later records of a name, --invalid x keeps them, --no-names does without names"
-    return f"{places[1]}, record {terminal.printable(name, 60)!r}: the name occurred before ({places[0]}){others} ({advice})"
+    return f"{places[1]}, record {terminal.printable(name, 60)!r}: the name occurred before ({places[0]}){others}"
+
+
+def _advice(options: BuildOptions) -> str:
+    """What to do about equal names. With --dedup those that are left belong to sequences that differ."""
+    ways = ["--invalid skip leaves out all later records of a name", "--invalid x keeps them", "--no-names does without names"]
+    return ", ".join(ways if options.dedup else [*ways, "--dedup helps only where the sequences are equal, too"])
 
 
 def _write_shards(options: BuildOptions, pieces: Sequence[Piece], identity: str, pool: Pool, work: Path) -> dict[str, list[ShardEntry]]:

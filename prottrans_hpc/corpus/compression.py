@@ -122,6 +122,9 @@ DECODERS: dict[str, Callable[[], Decoder]] = {
     "xz": lambda: lzma.LZMADecompressor(memlimit=_XZ_MEMORY),
 }
 _MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz"}
+_SKIPPABLE = tuple(bytes([first]) + b"\x2a\x4d\x18" for first in range(0x50, 0x60))  # zstd frames that hold no data
+_STARTS = {name: (magic, *(_SKIPPABLE if name == "zstd" else ())) for magic, name in _MAGIC.items()}
+_LONGEST_START = max(map(len, _MAGIC))
 _FOREIGN = {
     b"PK\x03\x04": "a zip archive",
     b"\x1f\x9d": "a .Z file",
@@ -151,6 +154,7 @@ class Stream:
         self.num_bytes = 0
         """Of the file, read so far."""
         self._decoder: Decoder | None = None
+        self._has_member = False
         self._input = b""
         self._output = memoryview(b"")
         self._produced = 0
@@ -197,13 +201,17 @@ class Stream:
 
     def _next_member(self) -> bool:
         """Start on another member if there is one; zero padding may stand before it, as on tapes."""
-        data = self._input
-        while not data:
-            if not (data := self._raw()):
-                return False
-            data = data.lstrip(b"\x00") if self._produced else data
-        self._input = data
         assert self.compression is not None
+        data = self._input
+        while len(data) < _LONGEST_START and (more := self._raw()):
+            data = (data + more).lstrip(b"\x00") if self._has_member else data + more
+        if not data:
+            return False
+        # A decoder may take what is no member for the beginning of one, and wait for its end.
+        if self._has_member and not any(data.startswith(start) or start.startswith(data) for start in _STARTS[self.compression]):
+            num = len(data) + self.path.stat().st_size - self.num_bytes
+            raise DataError(f"{self.path} is damaged: {num} bytes that are no {self.compression} data follow their end, after {self._produced} good bytes")
+        self._input, self._has_member = data, True
         self._decoder = DECODERS[self.compression]()
         return True
 
@@ -211,9 +219,8 @@ class Stream:
         try:
             return decoder.decompress(piece, limit)
         except _decoder_errors() as error:
-            place = f"before byte {self.num_bytes}"
-            after = f" or is followed by something else, after {self._produced} good bytes," if self._produced else ""
-            raise DataError(f"{self.path} is damaged: its {self.compression} data cannot be read{after} {place} ({error})") from error
+            after = f" after {self._produced} good bytes," if self._produced else ""
+            raise DataError(f"{self.path} is damaged: its {self.compression} data cannot be read{after} before byte {self.num_bytes} ({error})") from error
 
     def _refuse_bomb(self) -> None:
         if self._produced > _BOMB_BYTES and self._produced > MAX_RATIO * self.num_bytes:

@@ -7,6 +7,7 @@ close relative of a training sequence is in the validation split; a sequence tha
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +20,14 @@ from ..errors import ConfigError, DataError
 from ..terminal import printable
 from . import kernel
 from .compression import Stream
-from .pieces import Digests, write_array
+from .pieces import Digests, write_all
+from .sorted_runs import SortedRuns
 from .sources import Source, inspect_text
 
 TRAIN, VALIDATION = 0, 1
 _BLOCK = 1 << 22
+_COLUMNS = {"key": "<u8", "low": "<u8", "held_out": "u1"}
+"""Of the table: both words of a member's digest, ascending, and whether its cluster is held out."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,7 @@ class Holdout:
     share: float
     """Of the sequences, or of the clusters, on average."""
     clusters: str | None
-    """Path of the table that `build_clusters` wrote."""
+    """Path of the table that `build_clusters` wrote, without the columns' names."""
 
     @property
     def needs_digests(self) -> bool:
@@ -69,38 +73,41 @@ def assign(holdout: Holdout, sequences: Digests | None, names: npt.NDArray[np.ui
     return split.astype(np.uint8), int((~found).sum())
 
 
-def _look_up(path: str, digests: Digests) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+def _look_up(stem: str, digests: Digests) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
     """Whether each name is in the table, and what the table says."""
-    num = Path(path).stat().st_size // 17
-    high = np.memmap(path, "<u8", "r", 0, (num,))
-    low = np.memmap(path, "<u8", "r", 8 * num, (num,))
-    flags = np.memmap(path, np.uint8, "r", 16 * num, (num,))
-    at = np.minimum(np.searchsorted(high, digests[:, 0]), num - 1)
+    high, low, flags = (np.memmap(f"{stem}.{name}", dtype, "r") for name, dtype in _COLUMNS.items())
+    at = np.minimum(np.searchsorted(high, digests[:, 0]), len(high) - 1)
     return np.asarray((high[at] == digests[:, 0]) & (low[at] == digests[:, 1])), np.asarray(flags[at] != 0)
 
 
-def build_clusters(path: Path, table: Path, share: float) -> tuple[Source, str]:
-    """Turn a cluster file into a sorted table of member digests with the split of each, 17 bytes a member; also gives its SHA-256.
+def build_clusters(path: Path, stem: Path, share: float) -> tuple[Source, str]:
+    """Turn a cluster file into a sorted table of member digests with the split of each; also gives its SHA-256.
 
-    Raises DataError naming the line that is not "representative TAB member", or the member of two clusters.
+    The table is a file a column; it takes 17 bytes a member, and as much again while it is made. Memory is bounded.
+    Raises DataError naming the line that is not "representative TAB member", or the members of two clusters.
     """
     if not path.exists():
         raise ConfigError(f"there is no cluster file {path}")
     source = inspect_text(path)
-    members, flags = [], []
+    members = SortedRuns(stem.parent, list(_COLUMNS.items()))
     line = 1
     with source.open(hashing=True) as stream:
         for block in _line_blocks(stream):
-            fields, offsets = _fields(block, path, line)
-            digests = kernel.digest(fields, offsets)
-            members.append(digests[1::2])
-            flags.append(is_held_out(digests[0::2], share))
+            members.add(_members(*_fields(block, path, line), share))
             line += block.count(b"\n")
     source.check_unchanged()
-    if not members:
+    if line == 1:
         raise DataError(f"{path} holds no cluster: each line is a representative, a tab, and a member")
-    _write_table(table, np.concatenate(members), np.concatenate(flags), path)
+    _write_table(stem, members, path)
     return source, stream.sha256.hexdigest()
+
+
+def _members(fields: npt.NDArray[np.uint8], offsets: npt.NDArray[np.int64], share: float) -> npt.NDArray[Any]:
+    digests = kernel.digest(fields, offsets)
+    rows = np.empty(len(digests) // 2, list(_COLUMNS.items()))
+    rows["key"], rows["low"] = digests[1::2, 0], digests[1::2, 1]
+    rows["held_out"] = is_held_out(digests[0::2], share)
+    return rows
 
 
 def _line_blocks(stream: Stream) -> Iterator[bytes]:
@@ -132,11 +139,17 @@ def _fields(block: bytes, path: Path, line: int) -> tuple[npt.NDArray[np.uint8],
     return np.frombuffer(block.translate(None, b"\t\n"), np.uint8), offsets
 
 
-def _write_table(table: Path, members: Digests, flags: npt.NDArray[np.bool_], path: Path) -> None:
-    order = np.lexsort((members[:, 1], members[:, 0]))
-    members, flags = members[order], flags[order]
-    same = (members[1:] == members[:-1]).all(axis=1)
-    if (same & (flags[1:] != flags[:-1])).any():
-        raise DataError(f"{path} puts {int(same.sum())} members into more than one cluster, so that they could be in both splits")
-    first = np.concatenate(([True], ~same))
-    write_array(str(table), members[first, 0], members[first, 1], flags[first].astype(np.uint8))
+def _write_table(stem: Path, members: SortedRuns, path: Path) -> None:
+    num_repeated, do_part = 0, False
+    with contextlib.ExitStack() as stack:
+        files = {name: stack.enter_context(open(f"{stem}.{name}", "wb", buffering=0)) for name in _COLUMNS}
+        for rows in members.ranges():
+            rows = rows[np.lexsort((rows["low"], rows["key"]))]
+            same = (rows["key"][1:] == rows["key"][:-1]) & (rows["low"][1:] == rows["low"][:-1])
+            num_repeated += int(same.sum())
+            do_part |= bool((same & (rows["held_out"][1:] != rows["held_out"][:-1])).any())
+            first = np.concatenate((np.ones(min(len(rows), 1), bool), ~same))
+            for name, file in files.items():
+                write_all(file.fileno(), np.ascontiguousarray(rows[name][first]).data)
+    if do_part:
+        raise DataError(f"{path} puts {num_repeated} members into more than one cluster, so that they could be in both splits")

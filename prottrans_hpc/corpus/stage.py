@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import durable, terminal
-from ..errors import DataError
+from .. import durable, errors, rank, terminal
+from ..errors import CheckpointError, ConfigError, DataError, ProttransError
 from ..stage import Farm, Request
 from . import kernel
 from .alphabet import Rules
@@ -18,7 +21,7 @@ from .identity import BuildOptions
 from .index import Index, read_index
 from .pool import Pool, open_pool
 from .report import draw, print_table, summary
-from .workplace import stop_file
+from .workplace import OccupiedError, stop_file
 
 
 def preprocess(request: Request) -> None:
@@ -37,10 +40,14 @@ def preprocess(request: Request) -> None:
     farm: Farm | None = request.get("farm")
     with _open_pool(request, farm, stop_file(options.out)) as pool:
         _announce(pool.num_workers)
-        index = build(options, pool)
+        try:
+            index = build(options, pool)
+        except OccupiedError as error:
+            raise OccupiedError(f"{error}{'' if request['mpi'] else _hint(os.environ)}") from error
     if farm is not None:
         durable.remove_folder(farm.folder)
-    _print([index], request["json"])
+    if request["json"] or terminal.verbosity() > terminal.QUIET:
+        _print([index], request["json"])
 
 
 def _open_pool(request: Request, farm: Farm | None, stop: Path) -> contextlib.AbstractContextManager[Pool]:
@@ -49,6 +56,15 @@ def _open_pool(request: Request, farm: Farm | None, stop: Path) -> contextlib.Ab
     from .task_folder import TaskFolder
 
     return contextlib.nullcontext(TaskFolder(farm))
+
+
+def _hint(environment: Mapping[str, str]) -> str:
+    """Ranks that do not know of each other are each other's other process."""
+    with contextlib.suppress(ConfigError):
+        context = rank.detect(environment)
+        if context.world_size > 1:
+            return f"; this is one of {context.world_size} ranks that {context.starter} started: did you forget --mpi, with which they share the work?"
+    return ""
 
 
 def _announce(num_workers: int) -> None:
@@ -73,19 +89,60 @@ def _print(indexes: list[Index], as_json: bool) -> None:
         print_table(indexes)
 
 
+class CheckError(ProttransError):
+    """Several corpora are not whole, or cannot be read; ends with the code of the worst."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.exit_code = code
+
+
+@dataclass(frozen=True)
+class _Verdict:
+    """What became of one corpus that was to be checked."""
+
+    path: Path
+    index: Index | None
+    """None: it could not be read."""
+    failure: ProttransError | OSError | None
+    """Its text names every fault, a line each; None: every byte is as written."""
+
+    def as_json(self) -> dict[str, Any]:
+        """For a program."""
+        problems = errors.explain(self.failure).splitlines() if self.failure else []
+        return (summary(self.index) if self.index else {"corpus": str(self.path)}) | {"problems": problems, "whole": not problems}
+
+
 def check(request: Request) -> None:
-    """Verify every byte of corpora. Raises DataError that names the damaged files, CheckpointError where there is no corpus."""
+    """Verify every byte of corpora, each whatever the others are, and tell which are whole.
+
+    Raises DataError that names the damaged files, CheckpointError where there is no corpus, CheckError for more than one of these.
+    """
     with open_pool(workers=1, mpi=False, stop_file=Path()) as pool:
-        results = []
-        for path in request["corpora"]:
-            index = read_index(path)
-            results.append((index, problems_of(index, pool)))
+        verdicts = [_verdict(Path(path), pool) for path in request["corpora"]]
     if request["json"]:
-        found: list[dict[str, Any]] = [summary(index) | {"problems": problems, "whole": not problems} for index, problems in results]
+        found = [verdict.as_json() for verdict in verdicts]
         print(json.dumps(found[0] if len(found) == 1 else found, indent=1))
-    problems = [problem for _, problems in results for problem in problems]
-    if problems:
-        raise DataError("\n".join(problems))
-    if not request["json"]:
-        for index, _ in results:
+    else:
+        for index in (verdict.index for verdict in verdicts if verdict.index and not verdict.failure):
             print(f"{index.path}: whole, {index.num_sequences:,} sequences, {index.num_residues:,} residues, every SHA-256 as written")
+    failures = [verdict.failure for verdict in verdicts if verdict.failure]
+    if len(failures) == 1:
+        raise failures[0]
+    if failures:
+        raise CheckError("\n".join(map(errors.explain, failures)), min(map(errors.exit_code, failures), key=_how_bad))
+
+
+def _how_bad(code: int) -> int:
+    """Damage first; a folder that is no corpus may be a slip of the keyboard."""
+    return {errors.BAD_DATA: 0, errors.NO_INPUT: 2}.get(code, 1)
+
+
+def _verdict(path: Path, pool: Pool) -> _Verdict:
+    index = None
+    try:
+        index = read_index(path)
+        problems = problems_of(index, pool)
+    except (DataError, CheckpointError, OSError) as error:
+        return _Verdict(path, index, error)
+    return _Verdict(path, index, DataError("\n".join(problems)) if problems else None)

@@ -21,11 +21,15 @@ WORK = ".work"
 _SHARD = re.compile(rf"({'|'.join(SPLITS)})-\d{{5,}}\.h5")
 
 
+class OccupiedError(ResourceError):
+    """Another process is making this corpus."""
+
+
 @contextlib.contextmanager
 def open_workplace(out: Path) -> Iterator[Path]:
     """The working folder within `out`, ours alone; what is of no use to a later run is removed at the end.
 
-    Raises ConfigError when `out` holds something else, ResourceError when another process is making this corpus.
+    Raises ConfigError when `out` holds something else, OccupiedError when another process is making this corpus.
     """
     created = not out.exists()
     _refuse_foreign(out)
@@ -84,7 +88,7 @@ def _locked(path: Path, out: Path) -> Iterator[None]:
     with path.open("wb") as file:
         match file_lock.take(file.fileno()):
             case Lock.BUSY:
-                raise ResourceError(f"another process is making the corpus {out}: wait for it, or give another --out")
+                raise OccupiedError(f"another process is making the corpus {out}")
             case Lock.NO_LOCKS:
                 terminal.warn(f"the file system of {out} has no locks: make sure that nothing else writes there")
         yield

@@ -34,7 +34,7 @@ def embed_on(farm: Farm, options: Options) -> dict[str, Any]:
     """Embed on the nodes of a farm; the summary. A signal ends it by an exception, which cancels the nodes' work."""
     sources = side_by_side.find_sources(options.source, options.also)
     read = open_input(options, side_by_side.read_max_residues(sources))
-    census = take_census(read)
+    census = take_census(read, farm.folder)
     if not census.num_proteins:
         raise DataError(f"there is no protein in {', '.join(map(str, options.fasta))}")
     if options.out.exists():
@@ -98,7 +98,7 @@ def _embed_piece(options: Options, piece: Path, request: Request, stop: StopRequ
         if source.manifest_sha256 != manifest_sha256:
             raise IdentityError(f"the checkpoint {source.path} is not the one that the first command found there")
     loaded = side_by_side.load(sources, device=device, precision=options.precision)
-    census = take_census(lambda: read_piece(piece))
+    census = take_census(lambda: read_piece(piece), piece.parent)
     extractor = Extractor(loaded, options.precision, options.per_residue, options.mean)
     with open_folder(options.parts, describe_identity(options, sources, device.type, census)) as folder:
         windows = read_windows(lambda: read_piece(piece), census)

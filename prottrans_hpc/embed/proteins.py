@@ -1,26 +1,31 @@
 """The proteins of an extraction, read from FASTA in windows of bounded size; read again whenever they are needed.
 
-The input is read three times (count, compute, assemble), which costs microseconds a protein and no memory. Its
-digest is taken each time, over names and residues, so that a file that changes in between is found; the same
-proteins compressed or split otherwise are the same input.
+The input is read three times (count, compute, assemble), which costs microseconds a protein and bounded memory: the
+hashes of names, by which equal ones are found, are put aside beyond a few millions, 16 bytes a protein. Its digest is
+taken each time, over names and residues, so that a file that changes in between is found; the same proteins compressed
+or split otherwise are the same input.
 """
 
 from __future__ import annotations
 
-import array
 import hashlib
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from .. import terminal
+from ..corpus.sorted_runs import SortedRuns
 from ..errors import DataError
 
 WINDOW_RESIDUES = 1 << 18
 WINDOW_PROTEINS = 1 << 13
+_NAME = np.dtype([("key", "<u8"), ("number", "<u8")])
+"""Hash of a protein's name, and which of the input it is."""
 
 
 @dataclass(frozen=True)
@@ -64,16 +69,18 @@ class Census:
     """Of all names, residues and problems, in order."""
 
 
-def take_census(read: Reader) -> Census:
-    """Read the input once, and warn of names that occur more than once."""
-    hashes, counter = array.array("q"), _Counter()
+def take_census(read: Reader, folder: Path) -> Census:
+    """Read the input once, and warn of names that occur more than once. Hashes of many names are put aside in `folder`, where space for the output is."""
+    hashes, counter = SortedRuns(folder, _NAME), _Counter()
+    proteins = counter.watch(read())
     with terminal.progress("reading", total=None, unit="proteins") as advance:
-        for number, protein in enumerate(counter.watch(read()), 1):
-            hashes.append(hash(protein.name))
-            if number % WINDOW_PROTEINS == 0:
-                advance(WINDOW_PROTEINS)
-        advance(counter.num_proteins % WINDOW_PROTEINS)
-    _warn_of_duplicates(np.frombuffer(hashes, np.int64), read)
+        while keys := [hash(protein.name) for protein in itertools.islice(proteins, WINDOW_PROTEINS)]:
+            rows = np.empty(len(keys), _NAME)
+            rows["key"] = np.array(keys, np.int64).view(np.uint64)
+            rows["number"] = np.arange(counter.num_proteins - len(keys), counter.num_proteins)
+            hashes.add(rows)
+            advance(len(keys))
+    _warn_of_duplicates(hashes, read)
     return counter.census()
 
 
@@ -129,13 +136,18 @@ class _Counter:
         return Census(self.num_proteins, self.num_residues, self.num_sound, self._digest.hexdigest())
 
 
-def _warn_of_duplicates(hashes: npt.NDArray[np.int64], read: Reader) -> None:
+def _warn_of_duplicates(hashes: SortedRuns, read: Reader) -> None:
     """Name the first of the names that occur more than once; each stays a row of its own."""
-    values, counts = np.unique(hashes, return_counts=True)
-    repeated = set(values[counts > 1].tolist())
-    if repeated:
-        first = next(protein.name for protein in read() if hash(protein.name) in repeated)
+    num, earliest = 0, []
+    for rows in hashes.ranges():
+        rows = rows[np.argsort(rows["key"], kind="stable")]
+        same = rows["key"][1:] == rows["key"][:-1]
+        numbers = rows["number"][:-1][same & ~np.concatenate(([False], same))[:-1]]
+        num += len(numbers)
+        earliest += [int(numbers.min())] if len(numbers) else []
+    if num:
+        first = next(itertools.islice(read(), min(earliest), None)).name
         terminal.warn(
-            f"{len(repeated):,} name{'s occur' if len(repeated) > 1 else ' occurs'} more than once, the first is {terminal.printable(first)}; "
+            f"{num:,} name{'s occur' if num > 1 else ' occurs'} more than once, the first is {terminal.printable(first)}; "
             "each protein keeps a row of its own, in the order of the input"
         )

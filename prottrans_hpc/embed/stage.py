@@ -53,7 +53,7 @@ def _embed(options: Options, stop: StopRequest) -> dict[str, Any]:
     sources = side_by_side.find_sources(options.source, options.also)
     loaded = side_by_side.load(sources, device=device, precision=options.precision)
     read = open_input(options, loaded.max_residues)
-    census = take_census(read)
+    census = take_census(read, existing_folder(options.out))
     stop.check("nothing was computed yet")
     if not census.num_proteins:
         raise DataError(f"there is no protein in {', '.join(map(str, options.fasta))}")
@@ -176,12 +176,12 @@ def warn_of_space(options: Options, census: Census, width: int) -> None:
     """Parts and file are there at the same time, so the space is needed twice."""
     rows = census.num_sound * options.mean + census.num_residues * options.per_residue
     needed = 2 * rows * width * np.dtype(STORED[options.precision]).itemsize
-    place = _existing(options.out)
+    place = existing_folder(options.out)
     free = shutil.disk_usage(place).free
     if needed > free:
         terminal.warn(f"about {needed / 2**30:.1f} GiB will be written in {place}, but only {free / 2**30:.1f} GiB are free there")
 
 
-def _existing(path: Path) -> Path:
+def existing_folder(path: Path) -> Path:
     """The nearest folder above `path` that exists."""
     return next(place for place in path.absolute().parents if place.exists())

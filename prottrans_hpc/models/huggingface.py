@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from .. import durable
 from ..architecture import Architecture, Vocabulary
@@ -47,7 +46,7 @@ class HuggingFaceLayout:
     tokenizer_problems: Callable[[Path, Vocabulary], list[str]]
     """`(folder, vocabulary)` -> how the folder's vocabulary differs, a line each."""
     usage: str
-    """Python that opens an exported folder `DIR`, for the model card."""
+    """Python that opens the exported folder whose path is `folder`, for the model card."""
     own_keys: frozenset[str] = frozenset()
     """Keys by which a config.json is known that has neither model_type nor architectures; empty where none tells."""
     token_rows: tuple[str, ...] = ()
@@ -105,18 +104,15 @@ def write_folder(out: Path, *, record: Architecture, shape: Any, weights: Tensor
                 (folder / name).mkdir()
                 _write_model(folder / name, companion.layout, record=record, shape=shape, weights=weights, dtype=dtype)
                 durable.seal_folder(folder / name)
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        durable.write_bytes(folder / "README.md", card.encode())
 
 
 def _write_model(folder: Path, layout: HuggingFaceLayout, *, record: Architecture, shape: Any, weights: Tensors, dtype: torch.dtype) -> None:
     durable.write_json(folder / CONFIG, layout.write_config(shape) | {"dtype": str(dtype).removeprefix("torch.")})
     for name, content in layout.tokenizer_files(record.vocabulary).items():
-        (folder / name).write_bytes(content)
-    tensors = {theirs: weights[ours].detach().to(dtype).contiguous() for ours, theirs in layout.names(shape).items()}
-    beyond = [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
-    if beyond:
-        raise DataError(f"weights leave the range of {dtype}: {listed(beyond)}; export them as bf16 or fp32")
-    save_file(tensors, folder / weight_files.SAFETENSORS, metadata={"format": "pt"})
+        durable.write_bytes(folder / name, content)
+    tensors = {theirs: weights[ours] for ours, theirs in layout.names(shape).items()}
+    weight_files.write_weights(folder / weight_files.SAFETENSORS, tensors, dtype)
 
 
 def read_folder(folder: Path, records: list[Architecture]) -> Imported:

@@ -2,38 +2,36 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..architecture import Vocabulary
 from ..architectures.prot_bert import ARCHITECTURE, BertShape
-from ..config import parse
 from ..durable import read_json
-from ..errors import ConfigError
 from .huggingface import HuggingFaceLayout
+from .huggingface_config import Keys, embedding_tables, tokenizer_settings, vocabulary_file, with_biases
 from .weight_files import listed
 
-_KEYS = {
-    "num_layers": "num_hidden_layers",
-    "hidden_size": "hidden_size",
-    "intermediate_size": "intermediate_size",
-    "num_heads": "num_attention_heads",
-    "max_positions": "max_position_embeddings",
-    "vocabulary_size": "vocab_size",
-}
-_KEYS_WITH_DEFAULT = {"num_token_types": "type_vocab_size", "layer_norm_epsilon": "layer_norm_eps", "initializer_range": "initializer_range"}
-
-# What this project's modules compute; the first value is written, a missing key means the same.
-_FIXED: dict[str, tuple[Any, ...]] = {
-    "vocab_size": (len(ARCHITECTURE.vocabulary.tokens),),
-    "hidden_act": ("gelu",),
-    "position_embedding_type": ("absolute", None),
-    "is_decoder": (False, None),
-    "add_cross_attention": (False, None),
-    "tie_word_embeddings": (True, None),
-}
+KEYS = Keys(
+    needed={
+        "num_layers": "num_hidden_layers",
+        "hidden_size": "hidden_size",
+        "intermediate_size": "intermediate_size",
+        "num_heads": "num_attention_heads",
+        "max_positions": "max_position_embeddings",
+        "vocabulary_size": "vocab_size",
+    },
+    with_default={"num_token_types": "type_vocab_size", "layer_norm_epsilon": "layer_norm_eps", "initializer_range": "initializer_range"},
+    fixed={
+        "vocab_size": (len(ARCHITECTURE.vocabulary.tokens),),
+        "hidden_act": ("gelu",),
+        "position_embedding_type": ("absolute", None),
+        "is_decoder": (False, None),
+        "add_cross_attention": (False, None),
+        "tie_word_embeddings": (True, None),
+    },
+)
 
 LAYER_NAMES = {
     "query": "attention.self.query",
@@ -51,24 +49,13 @@ _POOLER, _NEXT_SENTENCE = "bert.pooler.dense", "cls.seq_relationship"
 def _write_config(shape: BertShape) -> dict[str, Any]:
     both = shape.has_pooler and shape.has_next_sentence
     values: dict[str, Any] = {"architectures": ["BertForPreTraining" if both else "BertForMaskedLM"], "model_type": "bert"}
-    values |= {theirs: getattr(shape, ours) for ours, theirs in (_KEYS | _KEYS_WITH_DEFAULT).items()}
-    values |= {key: choices[0] for key, choices in _FIXED.items()}
-    return values | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "pad_token_id": 0, "dtype": "float32"}
+    return values | KEYS.write(shape) | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "pad_token_id": 0, "dtype": "float32"}
 
 
 def _read_config(values: Mapping[str, Any], tensors: frozenset[str]) -> tuple[BertShape | None, list[str]]:
-    differences = [f"{key} is missing" for key in _KEYS.values() if key not in values]
-    for key, choices in _FIXED.items():
-        if key in values and values[key] not in choices:
-            differences.append(f"{key} is {values[key]!r}, this architecture has {choices[0]!r}")
-    found = {ours: values[theirs] for ours, theirs in (_KEYS | _KEYS_WITH_DEFAULT).items() if theirs in values}
-    found |= {"has_pooler": f"{_POOLER}.weight" in tensors, "has_next_sentence": f"{_NEXT_SENTENCE}.weight" in tensors}
-    if differences:
-        return None, differences
-    try:
-        return parse(BertShape, found, source="its shape"), []
-    except ConfigError as error:
-        return None, [str(error)]
+    heads = {"has_pooler": f"{_POOLER}.weight" in tensors, "has_next_sentence": f"{_NEXT_SENTENCE}.weight" in tensors}
+    differences = KEYS.differences(values)
+    return (None, differences) if differences else KEYS.read(BertShape, values, **heads)
 
 
 def _names(shape: BertShape) -> dict[str, str]:
@@ -81,26 +68,15 @@ def _names(shape: BertShape) -> dict[str, str]:
         modules |= {f"layers.{i}.{ours}": f"bert.encoder.layer.{i}.{theirs}" for ours, theirs in LAYER_NAMES.items()}
     modules |= {"pooler": _POOLER} if shape.has_pooler else {}
     modules |= {"next_sentence": _NEXT_SENTENCE} if shape.has_next_sentence else {}
-    names = {f"{ours}.{part}": f"{theirs}.{part}" for ours, theirs in modules.items() for part in ("weight", "bias")}
-    tables = {"words": "word_embeddings", "positions": "position_embeddings", "token_types": "token_type_embeddings"}
-    names |= {f"embeddings.{ours}.weight": f"bert.embeddings.{theirs}.weight" for ours, theirs in tables.items()}
-    return names | {"head.bias": "cls.predictions.bias"}
-
-
-def _special_tokens(vocabulary: Vocabulary) -> dict[str, str]:
-    first, last = vocabulary.prefix[0], vocabulary.suffix[0]
-    return {"unk_token": vocabulary.unknown, "sep_token": last, "pad_token": vocabulary.padding, "cls_token": first, "mask_token": vocabulary.mask}
+    return with_biases(modules) | embedding_tables("bert") | {"head.bias": "cls.predictions.bias"}
 
 
 def _tokenizer_files(vocabulary: Vocabulary) -> dict[str, bytes]:
-    special = _special_tokens(vocabulary)
+    first, last = vocabulary.prefix[0], vocabulary.suffix[0]
+    special = {"unk_token": vocabulary.unknown, "sep_token": last, "pad_token": vocabulary.padding, "cls_token": first, "mask_token": vocabulary.mask}
     # The published folder lacks tokenizer_class, without which AutoTokenizer cannot open it.
-    settings = {"tokenizer_class": "BertTokenizer", "do_lower_case": False, **special}
-    return {
-        "vocab.txt": ("\n".join(vocabulary.tokens) + "\n").encode("ascii"),
-        "tokenizer_config.json": (json.dumps(settings, indent=1) + "\n").encode("ascii"),
-        "special_tokens_map.json": (json.dumps(special, indent=1) + "\n").encode("ascii"),
-    }
+    settings = {"tokenizer_class": "BertTokenizer", "do_lower_case": False}
+    return {"vocab.txt": vocabulary_file(vocabulary), **tokenizer_settings(settings, special)}
 
 
 def _tokenizer_problems(folder: Path, vocabulary: Vocabulary) -> list[str]:
@@ -143,8 +119,8 @@ LAYOUT = HuggingFaceLayout(
     tokenizer_problems=_tokenizer_problems,
     usage="""from transformers import AutoModel, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("DIR")
-model = AutoModel.from_pretrained("DIR")
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModel.from_pretrained(folder)
 inputs = tokenizer("M K T A Y I A K Q R", return_tensors="pt")  # one blank between residues; write U, Z, O and B as X
 residue_vectors = model(**inputs).last_hidden_state[0, 1:-1]""",
 )

@@ -10,36 +10,19 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from ..architectures.prot_electra import ARCHITECTURE, ElectraShape, GeneratorShape
-from ..config import parse
-from ..errors import ConfigError
+from ..architectures.prot_electra import ElectraShape, GeneratorShape
 from . import huggingface_bert
 from .huggingface import Companion, HuggingFaceLayout
+from .huggingface_config import Keys, embedding_tables, with_biases
 
-_OWN_KEYS = {
-    "num_layers": "num_hidden_layers",
-    "hidden_size": "hidden_size",
-    "intermediate_size": "intermediate_size",
-    "num_heads": "num_attention_heads",
-}
-_KEYS = _OWN_KEYS | {"embedding_size": "embedding_size", "max_positions": "max_position_embeddings", "vocabulary_size": "vocab_size"}
-_KEYS_WITH_DEFAULT = {"num_token_types": "type_vocab_size", "layer_norm_epsilon": "layer_norm_eps", "initializer_range": "initializer_range"}
-
-# What this project's modules compute; the first value is written, a missing key means the same.
-_FIXED: dict[str, tuple[Any, ...]] = {
-    "vocab_size": (len(ARCHITECTURE.vocabulary.tokens),),
-    "hidden_act": ("gelu",),
-    "position_embedding_type": ("absolute", None),
-    "is_decoder": (False, None),
-    "add_cross_attention": (False, None),
-    "tie_word_embeddings": (True, None),
-}
+_OWN = ("num_layers", "hidden_size", "intermediate_size", "num_heads")
+"""What a generator has of its own; the rest is the discriminator's, too."""
+_KEYS = Keys({**huggingface_bert.KEYS.needed, "embedding_size": "embedding_size"}, huggingface_bert.KEYS.with_default, huggingface_bert.KEYS.fixed)
 
 
 def _config(shape: ElectraShape, own: ElectraShape | GeneratorShape, name: str) -> dict[str, Any]:
     values: dict[str, Any] = {"architectures": [name], "model_type": "electra"}
-    values |= {theirs: getattr(own if ours in _OWN_KEYS else shape, ours) for ours, theirs in (_KEYS | _KEYS_WITH_DEFAULT).items()}
-    values |= {key: choices[0] for key, choices in _FIXED.items()}
+    values |= _KEYS.write(shape) | {_KEYS.needed[ours]: getattr(own, ours) for ours in _OWN}
     return values | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "pad_token_id": 0, "dtype": "float32"}
 
 
@@ -54,28 +37,18 @@ def _write_generator_config(shape: ElectraShape) -> dict[str, Any]:
 
 def _read_config(values: Mapping[str, Any], _tensors: frozenset[str]) -> tuple[ElectraShape | None, list[str]]:
     """Either of the two models, as if it were a discriminator alone."""
-    differences = [f"{key} is missing" for key in _KEYS.values() if key not in values]
-    for key, choices in _FIXED.items():
-        if key in values and values[key] not in choices:
-            differences.append(f"{key} is {values[key]!r}, this architecture has {choices[0]!r}")
-    found = {ours: values[theirs] for ours, theirs in (_KEYS | _KEYS_WITH_DEFAULT).items() if theirs in values}
-    if differences:
-        return None, differences
-    try:
-        return parse(ElectraShape, found | {"generator": None}, source="its shape"), []
-    except ConfigError as error:
-        return None, [str(error)]
+    differences = _KEYS.differences(values)
+    return (None, differences) if differences else _KEYS.read(ElectraShape, values, generator=None)
 
 
 def _join(shape: ElectraShape, other: ElectraShape) -> tuple[ElectraShape, list[str]]:
     """The pair of a discriminator and a generator, both read by `_read_config`, and what they do not share though they must."""
-    shared = [name for name in (_KEYS | _KEYS_WITH_DEFAULT) if name not in _OWN_KEYS and name != "initializer_range"]
     problems = [
-        f"{_KEYS.get(name) or _KEYS_WITH_DEFAULT[name]} is {getattr(other, name)!r}, the discriminator's is {getattr(shape, name)!r}"
-        for name in shared
-        if getattr(other, name) != getattr(shape, name)
+        f"{key} is {getattr(other, name)!r}, the discriminator's is {getattr(shape, name)!r}"
+        for name, key in _KEYS.by_field.items()
+        if name not in (*_OWN, "initializer_range") and getattr(other, name) != getattr(shape, name)
     ]
-    return dataclasses.replace(shape, generator=GeneratorShape(**{name: getattr(other, name) for name in _OWN_KEYS})), problems
+    return dataclasses.replace(shape, generator=GeneratorShape(**{name: getattr(other, name) for name in _OWN})), problems
 
 
 def _encoder_names(own: ElectraShape | GeneratorShape, ours: str, heads: Mapping[str, str], embedding_size: int) -> dict[str, str]:
@@ -84,9 +57,7 @@ def _encoder_names(own: ElectraShape | GeneratorShape, ours: str, heads: Mapping
         modules[f"{ours}.project"] = "electra.embeddings_project"
     for i in range(own.num_layers):
         modules |= {f"{ours}.layers.{i}.{name}": f"electra.encoder.layer.{i}.{theirs}" for name, theirs in huggingface_bert.LAYER_NAMES.items()}
-    names = {f"{name}.{part}": f"{theirs}.{part}" for name, theirs in modules.items() for part in ("weight", "bias")}
-    tables = {"words": "word_embeddings", "positions": "position_embeddings", "token_types": "token_type_embeddings"}
-    return names | {f"embeddings.{name}.weight": f"electra.embeddings.{theirs}.weight" for name, theirs in tables.items()}
+    return with_biases(modules) | embedding_tables("electra")
 
 
 def _discriminator_names(shape: ElectraShape) -> dict[str, str]:
@@ -126,11 +97,11 @@ LAYOUT = HuggingFaceLayout(
     tokenizer_problems=huggingface_bert.LAYOUT.tokenizer_problems,
     usage="""from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForPreTraining, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("DIR")
-model = AutoModel.from_pretrained("DIR")
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModel.from_pretrained(folder)
 inputs = tokenizer("M K T A Y I A K Q R", return_tensors="pt")  # one blank between residues; write U, Z, O and B as X
 residue_vectors = model(**inputs).last_hidden_state[0, 1:-1]
-discriminator = AutoModelForPreTraining.from_pretrained("DIR")  # log odds that a residue was replaced
-generator = AutoModelForMaskedLM.from_pretrained("DIR/generator")  # only where the folder generator/ exists""",
+discriminator = AutoModelForPreTraining.from_pretrained(folder)  # log odds that a residue was replaced
+generator = AutoModelForMaskedLM.from_pretrained(f"{folder}/generator")  # only where the folder generator/ exists""",
     companions={"generator": Companion(_GENERATOR, _join)},
 )

@@ -3,43 +3,48 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..architecture import Vocabulary
 from ..architectures.prot_t5 import ARCHITECTURE, NUM_SENTINELS, T5Shape
-from ..config import parse
 from ..durable import read_json
-from ..errors import ConfigError
 from . import sentencepiece_model
 from .huggingface import HuggingFaceLayout
+from .huggingface_config import Keys, json_file, tokenizer_settings
 from .sentencepiece_model import BLANK, ModelType, Piece, PieceType, SentencePieceModel
 from .weight_files import listed
 
 _SPIECE = "spiece.model"
-_KEYS = {"num_layers": "num_layers", "hidden_size": "d_model", "intermediate_size": "d_ff", "num_heads": "num_heads", "head_size": "d_kv"}
-_KEYS_WITH_DEFAULT = {
-    "num_buckets": ("relative_attention_num_buckets", 32),
-    "max_distance": ("relative_attention_max_distance", 128),
-    "dropout": ("dropout_rate", 0.1),
-    "layer_norm_epsilon": ("layer_norm_epsilon", 1e-6),
-    "initializer_factor": ("initializer_factor", 1.0),
+_KEYS = Keys(
+    needed={"num_layers": "num_layers", "hidden_size": "d_model", "intermediate_size": "d_ff", "num_heads": "num_heads", "head_size": "d_kv"},
+    with_default={
+        "num_buckets": "relative_attention_num_buckets",
+        "max_distance": "relative_attention_max_distance",
+        "dropout": "dropout_rate",
+        "layer_norm_epsilon": "layer_norm_epsilon",
+        "initializer_factor": "initializer_factor",
+    },
+    fixed={
+        "vocab_size": (len(ARCHITECTURE.vocabulary.tokens),),
+        "feed_forward_proj": ("relu",),
+        "is_gated_act": (False,),
+        "tie_word_embeddings": (True,),  # False would also mean that the decoder's output is not scaled
+        "scale_decoder_outputs": (True,),
+        "decoder_start_token_id": (ARCHITECTURE.vocabulary.index(ARCHITECTURE.vocabulary.padding), None),
+        "eos_token_id": (ARCHITECTURE.vocabulary.index(ARCHITECTURE.vocabulary.suffix[0]), None),
+        "pad_token_id": (ARCHITECTURE.vocabulary.index(ARCHITECTURE.vocabulary.padding), None),
+    },
+)
+_NOT_WRITTEN = ("is_gated_act", "scale_decoder_outputs")
+_THEIR_DEFAULTS = {
+    "relative_attention_num_buckets": 32,
+    "relative_attention_max_distance": 128,
+    "dropout_rate": 0.1,
+    "layer_norm_epsilon": 1e-6,
+    "initializer_factor": 1.0,
 }
-
-# What this project's modules compute; the first value is written, a missing key means the same.
-_FIXED: dict[str, tuple[Any, ...]] = {
-    "vocab_size": (len(ARCHITECTURE.vocabulary.tokens),),
-    "feed_forward_proj": ("relu",),
-    "is_gated_act": (False,),
-    "tie_word_embeddings": (True,),  # False would also mean that the decoder's output is not scaled
-    "scale_decoder_outputs": (True,),
-    "decoder_start_token_id": (ARCHITECTURE.vocabulary.index(ARCHITECTURE.vocabulary.padding), None),
-    "eos_token_id": (ARCHITECTURE.vocabulary.index(ARCHITECTURE.vocabulary.suffix[0]), None),
-    "pad_token_id": (ARCHITECTURE.vocabulary.index(ARCHITECTURE.vocabulary.padding), None),
-}
-_WRITTEN = ("vocab_size", "feed_forward_proj", "tie_word_embeddings", "decoder_start_token_id", "eos_token_id", "pad_token_id")
 
 _PARTS = {
     "attention": ("SelfAttention", {"query": "q", "key": "k", "value": "v", "output": "o"}),
@@ -81,30 +86,19 @@ _SCORES = {
 def _write_config(shape: T5Shape) -> dict[str, Any]:
     has_decoder = shape.num_decoder_layers > 0
     values: dict[str, Any] = {"architectures": ["T5ForConditionalGeneration" if has_decoder else "T5EncoderModel"], "model_type": "t5"}
-    values |= {theirs: getattr(shape, ours) for ours, theirs in _KEYS.items()}
-    values |= {theirs: getattr(shape, ours) for ours, (theirs, _) in _KEYS_WITH_DEFAULT.items()}
-    values |= {key: _FIXED[key][0] for key in _WRITTEN}
+    values |= {key: value for key, value in _KEYS.write(shape).items() if key not in _NOT_WRITTEN}
     # The published encoders, too, say that they are half of something, with as many layers in the other half.
     values |= {"num_decoder_layers": shape.num_decoder_layers or shape.num_layers, "is_encoder_decoder": True, "use_cache": True}
     return values | {"n_positions": 512, "dtype": "float32"}
 
 
 def _read_config(values: Mapping[str, Any], tensors: frozenset[str]) -> tuple[T5Shape | None, list[str]]:
-    differences = [f"{key} is missing" for key in (*_KEYS.values(), "vocab_size") if key not in values]
-    for key, choices in _FIXED.items():
-        if key in values and values[key] not in choices:
-            differences.append(f"{key} is {values[key]!r}, this architecture has {choices[0]!r}")
-    if differences:
+    if differences := _KEYS.differences(values, also_needed=("vocab_size",)):
         return None, differences
-    found = {ours: values[theirs] for ours, theirs in _KEYS.items()}
-    found |= {ours: values.get(theirs, default) for ours, (theirs, default) in _KEYS_WITH_DEFAULT.items()}
     has_decoder = any(name.startswith("decoder.") for name in tensors)
     layers = values.get("num_decoder_layers")
-    found |= {"num_decoder_layers": (values["num_layers"] if layers is None else layers) if has_decoder else 0}
-    try:
-        return parse(T5Shape, found, source="its shape"), []
-    except ConfigError as error:
-        return None, [str(error)]
+    num_decoder_layers = (values["num_layers"] if layers is None else layers) if has_decoder else 0
+    return _KEYS.read(T5Shape, _THEIR_DEFAULTS | dict(values), num_decoder_layers=num_decoder_layers)
 
 
 def _names(shape: T5Shape) -> dict[str, str]:
@@ -143,12 +137,9 @@ def _tokenizer_files(vocabulary: Vocabulary) -> dict[str, bytes]:
     special: dict[str, Any] = {"eos_token": vocabulary.suffix[0], "unk_token": vocabulary.unknown, "pad_token": vocabulary.padding}
     sentinels = {"additional_special_tokens": [f"<extra_id_{index}>" for index in range(NUM_SENTINELS)]}
     # The published folder lacks tokenizer_class, without which AutoTokenizer must guess.
-    settings = {"tokenizer_class": "T5Tokenizer", "do_lower_case": False, "extra_ids": NUM_SENTINELS, **special}
-    return {
-        _SPIECE: sentencepiece_model.render(_spiece(vocabulary)),
-        "tokenizer_config.json": (json.dumps(settings, indent=1) + "\n").encode("ascii"),
-        "special_tokens_map.json": (json.dumps(special | sentinels, indent=1) + "\n").encode("ascii"),
-    }
+    settings = {"tokenizer_class": "T5Tokenizer", "do_lower_case": False, "extra_ids": NUM_SENTINELS}
+    files = tokenizer_settings(settings, special) | {"special_tokens_map.json": json_file(special | sentinels)}
+    return {_SPIECE: sentencepiece_model.render(_spiece(vocabulary)), **files}
 
 
 def _tokenizer_problems(folder: Path, vocabulary: Vocabulary) -> list[str]:
@@ -193,8 +184,8 @@ LAYOUT = HuggingFaceLayout(
     encoder_of=_encoder_of,
     usage="""from transformers import AutoTokenizer, T5EncoderModel
 
-tokenizer = AutoTokenizer.from_pretrained("DIR")
-model = T5EncoderModel.from_pretrained("DIR")
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = T5EncoderModel.from_pretrained(folder)
 inputs = tokenizer("M K T A Y I A K Q R", return_tensors="pt")  # one blank between residues; write U, Z, O and B as X
 residue_vectors = model(**inputs).last_hidden_state[0, :-1]""",
 )

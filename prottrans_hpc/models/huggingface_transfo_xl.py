@@ -6,43 +6,41 @@ attends to; handed empty ones, it computes what this project does.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..architecture import Vocabulary
 from ..architectures.prot_txl import ARCHITECTURE, TxlShape
-from ..config import parse
-from ..errors import ConfigError
 from .huggingface import HuggingFaceLayout
+from .huggingface_config import Keys, tokenizer_settings, vocabulary_file
 from .weight_files import listed
 
-_KEYS = {
-    "num_layers": "n_layer",
-    "hidden_size": "d_model",
-    "intermediate_size": "d_inner",
-    "num_heads": "n_head",
-    "head_size": "d_head",
-    "memory_length": "mem_len",
-    "vocabulary_size": "vocab_size",
-}
-_KEYS_WITH_DEFAULT = {"dropout": "dropout", "layer_norm_epsilon": "layer_norm_epsilon", "initializer_range": "init_std"}
-
-# What this project's modules compute; the first value is written. The library's defaults are others, so a missing key differs, too.
-_FIXED: dict[str, tuple[Any, ...]] = {
-    "vocab_size": (len(ARCHITECTURE.vocabulary.tokens),),
-    "div_val": (1,),
-    "untie_r": (False,),
-    "clamp_len": (-1,),
-}
-_FIXED_WITH_DEFAULT: dict[str, tuple[Any, ...]] = {
-    "dropatt": (0.0,),
-    "pre_lnorm": (False,),
-    "attn_type": (0,),
-    "same_length": (True,),
-    "tie_word_embeddings": (True, None),
-}
+_KEYS = Keys(
+    needed={
+        "num_layers": "n_layer",
+        "hidden_size": "d_model",
+        "intermediate_size": "d_inner",
+        "num_heads": "n_head",
+        "head_size": "d_head",
+        "memory_length": "mem_len",
+        "vocabulary_size": "vocab_size",
+    },
+    with_default={"dropout": "dropout", "layer_norm_epsilon": "layer_norm_epsilon", "initializer_range": "init_std"},
+    fixed={
+        "vocab_size": (len(ARCHITECTURE.vocabulary.tokens),),
+        "div_val": (1,),
+        "untie_r": (False,),
+        "clamp_len": (-1,),
+        "dropatt": (0.0,),
+        "pre_lnorm": (False,),
+        "attn_type": (0,),
+        "same_length": (True,),
+        "tie_word_embeddings": (True, None),
+    },
+)
+_WITH_OTHER_DEFAULTS = ("div_val", "untie_r", "clamp_len")
+"""Fixed, and the library's defaults are others, so that a missing key differs, too."""
 
 _LAYER = {
     "query_key_value.weight": "dec_attn.qkv_net.weight",
@@ -61,29 +59,18 @@ _WORDS = "transformer.word_emb.emb_layers.0.weight"
 
 
 def _write_config(shape: TxlShape) -> dict[str, Any]:
-    values: dict[str, Any] = {"architectures": ["TransfoXLLMHeadModel"], "model_type": "transfo-xl"}
-    values |= {theirs: getattr(shape, ours) for ours, theirs in (_KEYS | _KEYS_WITH_DEFAULT).items()}
-    values |= {key: choices[0] for key, choices in (_FIXED | _FIXED_WITH_DEFAULT).items()}
+    values: dict[str, Any] = {"architectures": ["TransfoXLLMHeadModel"], "model_type": "transfo-xl"} | _KEYS.write(shape)
     values |= {"d_embed": shape.hidden_size, "cutoffs": [], "adaptive": False, "tie_projs": [False], "eos_token_id": 2}
     return values | {"init": "normal", "sample_softmax": -1, "torch_dtype": "float32"}
 
 
 def _read_config(values: Mapping[str, Any], _tensors: frozenset[str]) -> tuple[TxlShape | None, list[str]]:
-    differences = [f"{key} is missing" for key in (*_KEYS.values(), *_FIXED.keys() - {"vocab_size"}) if key not in values]
-    for key, choices in (_FIXED | _FIXED_WITH_DEFAULT).items():
-        if key in values and values[key] not in choices:
-            differences.append(f"{key} is {values[key]!r}, this architecture has {choices[0]!r}")
+    differences = _KEYS.differences(values, also_needed=_WITH_OTHER_DEFAULTS)
     if values.get("cutoffs", "missing") != []:
         differences.append(f"cutoffs is {values.get('cutoffs', 'missing')!r}, this architecture has [] (one softmax over all tokens)")
     if values.get("d_embed") != values.get("d_model"):
         differences.append(f"d_embed is {values.get('d_embed')!r}, this architecture has the width of the hidden states, {values.get('d_model')!r}")
-    if differences:
-        return None, differences
-    found = {ours: values[theirs] for ours, theirs in (_KEYS | _KEYS_WITH_DEFAULT).items() if theirs in values}
-    try:
-        return parse(TxlShape, found, source="its shape"), []
-    except ConfigError as error:
-        return None, [str(error)]
+    return (None, differences) if differences else _KEYS.read(TxlShape, values)
 
 
 def _names(shape: TxlShape) -> dict[str, str]:
@@ -94,12 +81,8 @@ def _names(shape: TxlShape) -> dict[str, str]:
 
 def _tokenizer_files(vocabulary: Vocabulary) -> dict[str, bytes]:
     special = {"unk_token": vocabulary.unknown, "pad_token": vocabulary.padding, "eos_token": vocabulary.suffix[0]}
-    settings = {"tokenizer_class": "TransfoXLTokenizer", "lower_case": False, **special}
-    return {
-        "vocab.txt": ("\n".join(vocabulary.tokens) + "\n").encode("ascii"),
-        "tokenizer_config.json": (json.dumps(settings, indent=1) + "\n").encode("ascii"),
-        "special_tokens_map.json": (json.dumps(special, indent=1) + "\n").encode("ascii"),
-    }
+    settings = {"tokenizer_class": "TransfoXLTokenizer", "lower_case": False}
+    return {"vocab.txt": vocabulary_file(vocabulary), **tokenizer_settings(settings, special)}
 
 
 def _tokenizer_problems(folder: Path, vocabulary: Vocabulary) -> list[str]:
@@ -128,8 +111,8 @@ LAYOUT = HuggingFaceLayout(
 import torch
 from transformers import TransfoXLLMHeadModel
 
-model = TransfoXLLMHeadModel.from_pretrained("DIR").eval()
-tokens = {token: number for number, token in enumerate(open("DIR/vocab.txt").read().split())}
+model = TransfoXLLMHeadModel.from_pretrained(folder).eval()
+tokens = {token: number for number, token in enumerate(open(f"{folder}/vocab.txt").read().split())}
 ids = torch.tensor([[tokens.get(residue, 1) for residue in "MKTAYIAKQR"] + [2]])
 nothing = [torch.empty(0, 1, model.config.d_model)] * model.config.n_layer  # else it attends to vectors of zeros first
 residue_vectors = model.transformer(ids, mems=nothing).last_hidden_state[0, :-1]""",

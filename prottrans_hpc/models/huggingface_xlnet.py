@@ -2,39 +2,31 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..architecture import Vocabulary
 from ..architectures.prot_xlnet import ARCHITECTURE, XLNetShape
-from ..config import parse
-from ..errors import ConfigError
 from . import sentencepiece_model
 from .huggingface import HuggingFaceLayout
+from .huggingface_config import Keys, rows_of, tokenizer_settings
 from .sentencepiece_model import BLANK, Piece, PieceType, SentencePieceModel
 from .weight_files import listed
 
-_KEYS = {
-    "num_layers": "n_layer",
-    "hidden_size": "d_model",
-    "intermediate_size": "d_inner",
-    "num_heads": "n_head",
-    "vocabulary_size": "vocab_size",
-}
-_KEYS_WITH_DEFAULT = {"dropout": "dropout", "layer_norm_epsilon": "layer_norm_eps", "initializer_range": "initializer_range"}
-
-# What this project's modules compute; the first value is written, a missing key means the same.
-_FIXED: dict[str, tuple[Any, ...]] = {
-    "vocab_size": (len(ARCHITECTURE.vocabulary.tokens),),
-    "ff_activation": ("gelu",),
-    "attn_type": ("bi",),
-    "bi_data": (False,),
-    "same_length": (False,),
-    "untie_r": (True,),
-    "tie_word_embeddings": (True, None),
-}
+_KEYS = Keys(
+    needed={"num_layers": "n_layer", "hidden_size": "d_model", "intermediate_size": "d_inner", "num_heads": "n_head", "vocabulary_size": "vocab_size"},
+    with_default={"dropout": "dropout", "layer_norm_epsilon": "layer_norm_eps", "initializer_range": "initializer_range"},
+    fixed={
+        "vocab_size": (len(ARCHITECTURE.vocabulary.tokens),),
+        "ff_activation": ("gelu",),
+        "attn_type": ("bi",),
+        "bi_data": (False,),
+        "same_length": (False,),
+        "untie_r": (True,),
+        "tie_word_embeddings": (True, None),
+    },
+)
 
 _ATTENTION = {
     "query": "q",
@@ -54,9 +46,7 @@ _SPIECE = "spiece.model"
 
 
 def _write_config(shape: XLNetShape) -> dict[str, Any]:
-    values: dict[str, Any] = {"architectures": ["XLNetLMHeadModel"], "model_type": "xlnet"}
-    values |= {theirs: getattr(shape, ours) for ours, theirs in (_KEYS | _KEYS_WITH_DEFAULT).items()}
-    values |= {key: choices[0] for key, choices in _FIXED.items()}
+    values: dict[str, Any] = {"architectures": ["XLNetLMHeadModel"], "model_type": "xlnet"} | _KEYS.write(shape)
     values |= {"d_head": shape.head_size, "clamp_len": shape.clamp_length or -1, "mem_len": shape.memory_length or None, "reuse_len": None}
     ids = {"pad": ARCHITECTURE.vocabulary.padding, "bos": "<s>", "eos": "</s>"}
     values |= {f"{name}_token_id": ARCHITECTURE.vocabulary.index(token) for name, token in ids.items()}
@@ -65,22 +55,13 @@ def _write_config(shape: XLNetShape) -> dict[str, Any]:
 
 
 def _read_config(values: Mapping[str, Any], _tensors: frozenset[str]) -> tuple[XLNetShape | None, list[str]]:
-    differences = [f"{key} is missing" for key in _KEYS.values() if key not in values]
-    for key, choices in _FIXED.items():
-        if key in values and values[key] not in choices:
-            differences.append(f"{key} is {values[key]!r}, this architecture has {choices[0]!r}")
-    if differences:
+    if differences := _KEYS.differences(values):
         return None, differences
-    found = {ours: values[theirs] for ours, theirs in (_KEYS | _KEYS_WITH_DEFAULT).items() if theirs in values}
     clamp, memory = values.get("clamp_len", -1), values.get("mem_len")
-    found |= {"clamp_length": 0 if clamp == -1 else clamp, "memory_length": 0 if memory is None else memory}
-    try:
-        shape = parse(XLNetShape, found, source="its shape")
-    except ConfigError as error:
-        return None, [str(error)]
-    if values.get("d_head", shape.head_size) != shape.head_size:
+    shape, problems = _KEYS.read(XLNetShape, values, clamp_length=0 if clamp == -1 else clamp, memory_length=0 if memory is None else memory)
+    if shape and values.get("d_head", shape.head_size) != shape.head_size:
         return None, [f"d_head is {values['d_head']!r}, this architecture has d_model / n_head = {shape.head_size}"]
-    return shape, []
+    return shape, problems
 
 
 def _names(shape: XLNetShape) -> dict[str, str]:
@@ -112,12 +93,8 @@ def _tokenizer_files(vocabulary: Vocabulary) -> dict[str, bytes]:
     special: dict[str, Any] = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": vocabulary.unknown, "sep_token": separator, "cls_token": summary}
     special |= {"pad_token": vocabulary.padding, "mask_token": vocabulary.mask, "additional_special_tokens": ["<eop>", "<eod>"]}
     # Without token types, as the published embeddings are made: a protein is one segment.
-    settings = {"tokenizer_class": "XLNetTokenizer", "do_lower_case": False, "model_input_names": ["input_ids", "attention_mask"], **special}
-    return {
-        _SPIECE: sentencepiece_model.render(_spiece(vocabulary)),
-        "tokenizer_config.json": (json.dumps(settings, indent=1) + "\n").encode("ascii"),
-        "special_tokens_map.json": (json.dumps(special, indent=1) + "\n").encode("ascii"),
-    }
+    settings = {"tokenizer_class": "XLNetTokenizer", "do_lower_case": False, "model_input_names": ["input_ids", "attention_mask"]}
+    return {_SPIECE: sentencepiece_model.render(_spiece(vocabulary)), **tokenizer_settings(settings, special)}
 
 
 def _tokens_of(folder: Path, vocabulary: Vocabulary) -> list[str]:
@@ -143,11 +120,7 @@ def _tokenizer_problems(folder: Path, vocabulary: Vocabulary) -> list[str]:
 
 
 def _row_order(folder: Path, vocabulary: Vocabulary) -> list[int]:
-    """For each of our tokens the row that it has in the folder; signs that no protein has take the rows that are left."""
-    tokens = _tokens_of(folder, vocabulary)
-    rows = {token: tokens.index(token) for token in vocabulary.tokens if token in tokens}
-    left = iter(row for row in range(len(tokens)) if row not in rows.values())
-    return [rows[token] if token in rows else next(left) for token in vocabulary.tokens]
+    return rows_of(_tokens_of(folder, vocabulary), vocabulary)
 
 
 LAYOUT = HuggingFaceLayout(
@@ -162,8 +135,8 @@ LAYOUT = HuggingFaceLayout(
     tokenizer_problems=_tokenizer_problems,
     usage="""from transformers import AutoModel, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("DIR")  # needs the packages sentencepiece and protobuf
-model = AutoModel.from_pretrained("DIR")
+tokenizer = AutoTokenizer.from_pretrained(folder)  # needs the packages sentencepiece and protobuf
+model = AutoModel.from_pretrained(folder)
 inputs = tokenizer("M K T A Y I A K Q R", return_tensors="pt")  # one blank between residues; X, U, Z, O and B are unknown to it
 residue_vectors = model(**inputs).last_hidden_state[0, :-2]  # behind the residues come <sep> and <cls>""",
     token_rows=("words.weight", "head.bias"),

@@ -10,8 +10,6 @@ Shapes: T tokens, M targets, W width of the hidden states.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -47,23 +45,13 @@ class ProtAlbert(nn.Module):
 
     def hidden(self, batch: Batch) -> Tensor:
         """The last hidden states, [T, W]. Raises ConfigError for a sequence longer than the position table."""
-        for hidden_TW in self._states(batch):
-            last_TW = hidden_TW
-        return last_TW
-
-    def hidden_states(self, batch: Batch) -> list[Tensor]:
-        """The projected embeddings and the output of each application of the layer, [T, W] each. Raises as `hidden` does."""
-        return list(self._states(batch))
-
-    def _states(self, batch: Batch) -> Iterator[Tensor]:
         self.embeddings.check(batch)
         hidden_TW: Tensor = self.project(self.embeddings(batch.tokens, batch.positions))
-        yield hidden_TW
         dtype: torch.dtype = compute_dtype(hidden_TW)
         attend = attention.prepare(batch.cu_seqlens, batch.max_length, dtype=dtype, backend=self.backend)
         for index in range(self.shape.num_layers):
             hidden_TW = run_layer(index, self.recompute_every, self.layer, hidden_TW, attend, dtype)
-            yield hidden_TW
+        return hidden_TW
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores over the vocabulary, [N, V], for hidden states [N, W]."""

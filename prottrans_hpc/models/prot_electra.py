@@ -12,8 +12,6 @@ Shapes: T tokens, M targets, V tokens of the vocabulary, E width of the embeddin
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -38,13 +36,12 @@ class Encoder(nn.Module):
         self.project: nn.Module = nn.Identity() if width == embedding_size else Projection(embedding_size, width)
         self.layers = nn.ModuleList(Layer(width, shape.intermediate_size, num_heads=shape.num_heads, epsilon=epsilon) for _ in range(shape.num_layers))
 
-    def states(self, embedded_TE: Tensor, attend: Attend, dtype: torch.dtype, recompute_every: int) -> Iterator[Tensor]:
-        """What the first layer reads and the output of each layer, [T, W] each."""
+    def last(self, embedded_TE: Tensor, attend: Attend, dtype: torch.dtype, recompute_every: int) -> Tensor:
+        """The output of the last layer, [T, W]."""
         hidden_TW: Tensor = self.project(embedded_TE)
-        yield hidden_TW
         for index, layer in enumerate(self.layers):
             hidden_TW = run_layer(index, recompute_every, layer, hidden_TW, attend, dtype)
-            yield hidden_TW
+        return hidden_TW
 
 
 class ReplacedHead(nn.Module):
@@ -105,25 +102,16 @@ class ProtElectra(nn.Module):
         """The discriminator's last hidden states, [T, W]. Raises ConfigError for a sequence longer than the position table."""
         return self._last(self.discriminator, batch.tokens, batch)
 
-    def hidden_states(self, batch: Batch) -> list[Tensor]:
-        """What the discriminator's first layer reads and the output of each of its layers, [T, W] each. Raises as `hidden` does."""
-        return list(self._states(self.discriminator, batch.tokens, batch))
-
     def generator_hidden(self, batch: Batch) -> Tensor:
         """The generator's last hidden states, [T, its width]. Raises as `hidden` does."""
         return self._last(self.generator, batch.tokens, batch)
 
     def _last(self, model: Encoder, tokens_T: Tensor, batch: Batch) -> Tensor:
-        for hidden_TW in self._states(model, tokens_T, batch):
-            last_TW = hidden_TW
-        return last_TW
-
-    def _states(self, model: Encoder, tokens_T: Tensor, batch: Batch) -> Iterator[Tensor]:
         self.embeddings.check(batch)
         embedded_TE: Tensor = self.embeddings(tokens_T, batch.positions)
         dtype = compute_dtype(embedded_TE)
         attend = attention.prepare(batch.cu_seqlens, batch.max_length, dtype=dtype, backend=self.backend)
-        return model.states(embedded_TE, attend, dtype, self.recompute_every)
+        return model.last(embedded_TE, attend, dtype, self.recompute_every)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The log odds that a token is a forged one, [N, 1], for the discriminator's hidden states [N, W]."""

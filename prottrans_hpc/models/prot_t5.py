@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -169,13 +168,12 @@ class ProtT5(nn.Module):
 
     def hidden(self, batch: Batch) -> Tensor:
         """The encoder's output, [T, W]: the embeddings of the tokens."""
-        for hidden_TW in self._encoder_states(batch):
-            last_TW = hidden_TW
-        return last_TW
-
-    def hidden_states(self, batch: Batch) -> list[Tensor]:
-        """The encoder's input and the output of each of its layers, [T, W] each; the last is normalised, as `hidden` is."""
-        return list(self._encoder_states(batch))
+        hidden_TW = self._embedded(batch.tokens)
+        dtype = compute_dtype(hidden_TW)
+        attend = self.encoder.attend(batch.cu_seqlens, batch.max_length, self.backend)
+        for index, layer in enumerate(self.encoder.layers):
+            hidden_TW = run_layer(index, self.recompute_every, layer, hidden_TW, dtype, attend)
+        return self._dropped(self.encoder.norm(hidden_TW))
 
     def decode(self, batch: Batch, encoded_TW: Tensor) -> Tensor:
         """The decoder's output, [U, W]. Raises ConfigError for a model without decoder."""
@@ -191,15 +189,6 @@ class ProtT5(nn.Module):
         for index, layer in enumerate(self.decoder.layers):
             hidden_UW = run_layer(index, self.recompute_every, layer, hidden_UW, dtype, attend, encoded_TW, attend_cross)
         return self._dropped(self.decoder.norm(hidden_UW))
-
-    def _encoder_states(self, batch: Batch) -> Iterator[Tensor]:
-        hidden_TW = self._embedded(batch.tokens)
-        dtype = compute_dtype(hidden_TW)
-        attend = self.encoder.attend(batch.cu_seqlens, batch.max_length, self.backend)
-        for index, layer in enumerate(self.encoder.layers):
-            yield hidden_TW
-            hidden_TW = run_layer(index, self.recompute_every, layer, hidden_TW, dtype, attend)
-        yield self._dropped(self.encoder.norm(hidden_TW))
 
     def _embedded(self, tokens_N: Tensor) -> Tensor:
         return self._dropped(self.words(tokens_N))

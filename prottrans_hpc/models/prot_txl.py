@@ -106,10 +106,6 @@ class ProtTxl(nn.Module):
             last_TW = hidden_TW
         return last_TW
 
-    def hidden_states(self, batch: Batch) -> list[Tensor]:
-        """The embeddings and the output of each layer, [T, W] each."""
-        return list(self._states(batch))
-
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores over the vocabulary, [N, V], for hidden states [N, W]."""
         return functional.linear(hidden, self.words.weight, self.head_bias)

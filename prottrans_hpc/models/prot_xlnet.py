@@ -14,7 +14,7 @@ H heads, D width of a head, P distances.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -147,17 +147,7 @@ class ProtXLNet(nn.Module):
 
     def hidden(self, batch: Batch) -> Tensor:
         """The last hidden states of the content stream where tokens see all of their sequence and its memory, [T, W]."""
-        for hidden_TW in self._states(batch):
-            last_TW = hidden_TW
-        return last_TW
-
-    def hidden_states(self, batch: Batch) -> list[Tensor]:
-        """The embeddings and the output of each layer, [T, W] each, as `hidden` sees them."""
-        return list(self._states(batch))
-
-    def _states(self, batch: Batch) -> Iterator[Tensor]:
         content_TW: Tensor = self._drop(self.words(batch.tokens))
-        yield content_TW
         dtype = compute_dtype(content_TW)
         distances_PW = self._distances(batch).to(dtype)
         attention = relative_attention.prepare(self._sight(batch, None), dropout=self._rate, backend=self.backend)
@@ -165,7 +155,7 @@ class ProtXLNet(nn.Module):
             keys_KW = self._keys(content_TW, batch, index)
             streams = [(content_TW, attention.content)]
             (content_TW,) = run_layer(index, self.recompute_every, layer, streams, keys_KW, distances_PW, attention.arrange, dtype)
-            yield content_TW
+        return content_TW
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores over the vocabulary, [N, V], for hidden states [N, W]."""

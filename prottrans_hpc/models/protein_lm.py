@@ -10,7 +10,6 @@ Shapes: T tokens, M targets, W width of the hidden states, H heads, D width of a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -114,27 +113,16 @@ class ProteinLm(nn.Module):
 
     def hidden(self, batch: Batch) -> Tensor:
         """The last hidden states, normalised, [T, W]. Raises ConfigError for a sequence longer than the position table."""
-        for hidden_TW in self._states(batch):
-            last_TW = hidden_TW
-        return last_TW
-
-    def hidden_states(self, batch: Batch) -> list[Tensor]:
-        """The embeddings and the output of each layer, the last one normalised, [T, W] each. Raises as `hidden` does."""
-        return list(self._states(batch))
-
-    def _states(self, batch: Batch) -> Iterator[Tensor]:
         if batch.max_length > self.shape.max_positions:
             raise ConfigError(f"a sequence has {batch.max_length} tokens, special ones included; this model has {self.shape.max_positions} positions")
         hidden_TW: Tensor = self.embeddings(batch.tokens, batch.positions)
-        yield hidden_TW
         dtype = compute_dtype(hidden_TW)
         dropout = self.shape.attention_dropout if self.training else 0.0
         attend = attention.prepare(batch.cu_seqlens, batch.max_length, dtype=dtype, backend=self.backend, dropout=dropout)
         for index, layer in enumerate(self.layers):
             hidden_TW = run_layer(index, self.recompute_every, layer, hidden_TW, attend, dtype)
-            if index < len(self.layers) - 1:
-                yield hidden_TW
-        yield self.norm(hidden_TW)
+        result: Tensor = self.norm(hidden_TW)
+        return result
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores over the vocabulary, [N, V], for hidden states [N, W]."""

@@ -98,6 +98,9 @@ def sizes_of(record: Architecture, shape: Any) -> list[str]:
     return [name for name, size in record.sizes.items() if size.shape == shape]
 
 
+_FOLDER = 'folder = "."  # where this card is: run this there, or write the path of it'
+
+
 def render_card(record: Architecture, shape: Any, state: dict[str, Any]) -> str:
     """The model card (README.md) of an exported model."""
     identity, origin = state["identity"], state.get("origin")
@@ -114,7 +117,7 @@ def render_card(record: Architecture, shape: Any, state: dict[str, Any]) -> str:
         f"# {record.name}\n\n{record.description}. Written by prottrans_hpc {__version__}.",
         "\n".join(f"- {name}: {value}" for name, value in facts.items()),
         "## Shape\n\n" + "\n".join(f"- {name}: {value}" for name, value in dataclasses.asdict(shape).items()),
-        f"## Use\n\n```python\n{huggingface.layout_of(record).usage}\n```",
+        f"## Use\n\n```python\n{_FOLDER}\n{huggingface.layout_of(record).usage}\n```",
     ]
     if errata:
         parts.append("## Where the publication and the model differ\n\n" + "\n".join(f"- {line}" for line in errata))

@@ -137,11 +137,14 @@ class Saver:
         if not self._plans:
             self._plan(tensors)
         plans = (*self._plans, *plan_memory(memory, self._comm.world_size))
-        for plan in plans:
-            if plan.rank != self._comm.rank:
-                continue
+        own = [plan for plan in plans if plan.rank == self._comm.rank]
+        # A phase with other lanes names the files of their memory otherwise: the buffers of the ones before go first.
+        for name in self._staging.keys() - {plan.name for plan in own}:
+            del self._staging[name]
+        for plan in own:
             share = memory.tensors if memory and plan.kind == "memory" else _share(tensors[plan.kind], plan.tensors)
             if plan.name not in self._staging or not self._staging[plan.name].fits(share):
+                self._staging.pop(plan.name, None)
                 self._staging[plan.name] = Staging(share)
             self._staging[plan.name].fill(share)
         if self._comm.device.type == "cuda":

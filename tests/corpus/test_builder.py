@@ -242,6 +242,15 @@ def test_a_name_that_occurs_twice_is_an_error_that_names_both_places(tmp_path: P
         build_corpus(write(tmp_path / "c.fasta", [(b"x", b"M"), (b"x", b"K"), (b"x", b"V")]))
 
 
+@pytest.mark.parametrize("dedup", [False, True])
+def test_the_advice_for_equal_names_helps(tmp_path: Path, build_corpus: Build, dedup: bool) -> None:
+    path = write(tmp_path / "a.fasta", [(b"x", b"M"), (b"x", b"K")])
+    with pytest.raises(DataError, match=r"--invalid skip leaves out .*, --invalid x keeps them, --no-names does without") as caught:
+        build_corpus(path, dedup=dedup)
+    assert ("--dedup helps only where the sequences are equal" in str(caught.value)) is not dedup
+    assert str(caught.value).count("--dedup") == (0 if dedup else 1)
+
+
 def test_names_that_occur_twice_under_the_other_rules(tmp_path: Path, build_corpus: Build) -> None:
     path = write(tmp_path / "a.fasta", [(b"x", b"M"), (b"y", b"K"), (b"x", b"V"), (b"x", b"V")])
     skipped = build_corpus(path, name="skip", invalid="skip")

@@ -14,7 +14,7 @@ import pytest
 from prottrans_hpc import stage
 from prottrans_hpc.corpus.index import INDEX, Index, read_index
 from prottrans_hpc.corpus.shard import ShardSizes, create_shard, map_shard
-from prottrans_hpc.errors import CheckpointError, DataError, exit_code
+from prottrans_hpc.errors import CheckpointError, DataError, ProttransError, exit_code
 
 from .conftest import Build, Records, fasta_text
 
@@ -77,6 +77,33 @@ def test_damage_is_listed_as_json_too(corpus: Index, capsys: pytest.CaptureFixtu
     printed = json.loads(capsys.readouterr().out)
     assert printed["whole"] is False
     assert printed["problems"] == [f"{corpus.path}/train-00000.h5 is missing"]
+
+
+def test_every_corpus_gets_its_verdict_whatever_the_others_are(tmp_path: Path, corpus: Index, capsys: pytest.CaptureFixture[str]) -> None:
+    whole, damaged, none = tmp_path / "whole", corpus.path, tmp_path / "nothing"
+    shutil.copytree(corpus.path, whole)
+    for file in ("train-00000.h5", "validation-00000.h5"):
+        (damaged / file).unlink()
+    for order in ([damaged, none, whole], [none, whole, damaged]):
+        with pytest.raises(ProttransError) as caught:
+            check(*order)
+        assert exit_code(caught.value) == 65
+        for said in (f"{damaged}/train-00000.h5 is missing", f"{damaged}/validation-00000.h5 is missing", f"{none} is no corpus"):
+            assert said in str(caught.value)
+        told = capsys.readouterr().out
+        assert told.startswith(f"{whole}: whole, 120 sequences") and len(told.splitlines()) == 1
+    with pytest.raises(CheckpointError, match="is no corpus") as missing:
+        check(none, whole)
+    assert exit_code(missing.value) == 66
+    assert "whole, 120 sequences" in capsys.readouterr().out
+    with pytest.raises(ProttransError):
+        check(none, whole, damaged, as_json=True)
+    verdicts = json.loads(capsys.readouterr().out)
+    assert [(verdict["corpus"], verdict["whole"], len(verdict["problems"])) for verdict in verdicts] == [
+        (str(none), False, 1),
+        (str(whole), True, 0),
+        (str(damaged), False, 2),
+    ]
 
 
 def test_no_corpus_is_no_input(tmp_path: Path, corpus: Index) -> None:

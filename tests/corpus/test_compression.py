@@ -94,8 +94,22 @@ def test_a_file_cut_anywhere_is_an_error(tmp_path: Path, proteins: Records, comp
 
 def test_other_data_behind_the_end_are_an_error(tmp_path: Path, proteins: Records, compressed: Compressed) -> None:
     suffix, compress = compressed
-    with pytest.raises(DataError, match="followed by something else"):
-        read(write(tmp_path, compress(fasta_text(proteins[:9])) + b">more\nMKV\n", suffix))
+    text = fasta_text(proteins[:9])
+    for junk in (b"?", b">more\nMKV\n", b"\x1fjunk", b"junk" * 100_000):
+        with pytest.raises(DataError, match=rf"{len(junk)} bytes that are no (gzip|zstd|bzip2|xz) data follow their end, after {len(text)} good bytes"):
+            read(write(tmp_path, compress(text) + bytes(8) + junk, suffix))
+
+
+def test_a_member_without_data_may_come_first(tmp_path: Path, proteins: Records, compressed: Compressed) -> None:
+    suffix, compress = compressed
+    assert read(write(tmp_path, compress(b"") + bytes(8) + compress(fasta_text(proteins[:9])), suffix)) == proteins[:9]
+
+
+def test_skippable_zstd_frames_are_skipped(tmp_path: Path, proteins: Records) -> None:
+    zstandard = pytest.importorskip("zstandard")
+    skipped = b"\x52\x2a\x4d\x18" + (5).to_bytes(4, "little") + b"hello"
+    parts = [zstandard.compress(fasta_text(part)) for part in (proteins[:5], proteins[5:9])]
+    assert read(write(tmp_path, parts[0] + skipped + parts[1] + skipped, "zst")) == proteins[:9]
 
 
 def test_flipped_bytes_never_pass(tmp_path: Path, proteins: Records, compressed: Compressed) -> None:

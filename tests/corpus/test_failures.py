@@ -238,8 +238,20 @@ def test_shards_of_an_older_plan_do_not_stay(tmp_path: Path, fasta: Path, clean:
 
 
 def test_two_commands_cannot_make_one_corpus(tmp_path: Path, fasta: Path) -> None:
-    with workplace.open_workplace(tmp_path / "out"), pytest.raises(ResourceError, match="another process"):
+    with workplace.open_workplace(tmp_path / "out"), pytest.raises(ResourceError, match="another process") as caught:
         stage.run_stage("preprocess", request(fasta, tmp_path / "out"))
+    assert "--mpi" not in str(caught.value)
+
+
+@pytest.mark.parametrize("mpi", [False, True])
+def test_ranks_without_the_flag_for_ranks_are_told_of_it(tmp_path: Path, fasta: Path, monkeypatch: pytest.MonkeyPatch, mpi: bool) -> None:
+    for name, value in {"RANK": "1", "SIZE": "2", "LOCAL_RANK": "1", "LOCAL_SIZE": "2"}.items():
+        monkeypatch.setenv(f"OMPI_COMM_WORLD_{name}", value)
+    monkeypatch.setattr(pool, "_mpi_pool", lambda stop_file: contextlib.nullcontext(pool.ThisProcess()))
+    with workplace.open_workplace(tmp_path / "out"), pytest.raises(ResourceError, match="another process") as caught:
+        stage.run_stage("preprocess", request(fasta, tmp_path / "out") | {"mpi": mpi})
+    assert ("one of 2 ranks that mpirun started: did you forget --mpi" in str(caught.value)) is not mpi
+    assert exit_code(caught.value) == 71
 
 
 # ---- large ----

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from prottrans_hpc import stage
+from prottrans_hpc import stage, terminal
 from prottrans_hpc.corpus.index import Index
 from prottrans_hpc.corpus.statistics import unigram_entropy
 
-from .conftest import Build, Records, fasta_text
+from .conftest import Build, Records, fasta_text, preprocess_request
 
 
 @pytest.fixture
@@ -49,6 +49,17 @@ def test_the_table_has_a_column_a_corpus(corpora: list[Index], capsys: pytest.Ca
     assert rows[""] == ["first", "second"]
     assert rows["proteins"] == ["100", "301"]
     assert rows["U"] == ["0.000 %", f"{200 / corpora[1].num_residues:.3f} %"]
+
+
+def test_a_quiet_preprocess_prints_nothing_but_what_was_asked_for(tmp_path: Path, corpora: list[Index], capsys: pytest.CaptureFixture[str]) -> None:
+    request = preprocess_request(tmp_path / "first.fasta", out=tmp_path / "quiet") | {"json": False}
+    terminal.set_verbosity(terminal.QUIET)
+    stage.run_stage("preprocess", request)
+    assert capsys.readouterr() == ("", "")
+    stage.run_stage("preprocess", request | {"json": True})
+    assert json.loads(capsys.readouterr().out)["sequences"] == 100
+    show(corpora[0])
+    assert "proteins" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("num", [1, 2])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from prottrans_hpc.corpus import splitting
+from prottrans_hpc.corpus import sorted_runs, splitting
 from prottrans_hpc.errors import ConfigError, DataError
 
 from .conftest import Build, Records, contents, fasta_text
@@ -43,6 +43,34 @@ def test_clusters_stay_together(
     assert index.content["split"]["by"] == "cluster"
     assert index.content["split"]["not_in_clusters"] == 0
     assert index.content["split"]["clusters"]["path"] == "clusters.tsv"
+
+
+def test_a_table_that_memory_does_not_hold_gives_the_same_split(
+    tmp_path: Path, proteins: Records, fasta: Path, build_corpus: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "clusters.tsv"
+    table(path, proteins)
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines + lines[::7]))  # a line may be given twice
+    tables, found = [], []
+    for rows in (1 << 22, 100):
+        monkeypatch.setattr(sorted_runs, "ROWS_PER_RUN", rows)
+        monkeypatch.setattr(splitting, "_BLOCK", 300)
+        stem = tmp_path / f"table-{rows}"
+        splitting.build_clusters(path, stem, 0.2)
+        tables.append([stem.with_name(f"{stem.name}.{column}").read_bytes() for column in ("key", "low", "held_out")])
+        found.append(contents(build_corpus(fasta, name=f"corpus-{rows}", validation=0.2, clusters=path)))
+    assert tables[0] == tables[1] and found[0] == found[1]
+    assert len(tables[0][2]) == len(proteins)
+
+
+def test_a_member_of_two_clusters_is_found_whatever_run_it_is_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sorted_runs, "ROWS_PER_RUN", 10)
+    monkeypatch.setattr(splitting, "_BLOCK", 60)
+    path = tmp_path / "clusters.tsv"
+    path.write_bytes(b"".join(b"r%d\tm%d\n" % (k, k % 100) for k in range(200)))
+    with pytest.raises(DataError, match="puts 100 members into more than one cluster"):
+        splitting.build_clusters(path, tmp_path / "table", 0.5)
 
 
 def test_a_compressed_table_gives_the_same_split(tmp_path: Path, proteins: Records, fasta: Path, build_corpus: Build) -> None:

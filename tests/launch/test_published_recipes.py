@@ -194,7 +194,8 @@ TOO_LARGE = (
     "protein_lm_1p2b",
     *(f"protein_lm_h{shape}" for shape in ("2048_l24_a8", "2048_l24_a16")),
 )
-"""On 4 racks a copy of the model does not fit into 16 GiB; cut over the ranks it does, as `prottrans memory` says. ProteinLM's largest recipes are cut as they are."""
+"""On 4 racks a copy of the model does not fit into 16 GiB; cut over the ranks it does, as `prottrans memory` says. The largest
+recipes of ProteinLM are cut as they are."""
 CUT = ("--set", "parallel.sharding=full")
 SETTINGS = {**dict.fromkeys(TOO_LARGE, CUT), **dict.fromkeys(("prot_t5_xxl_bfd", "prot_t5_xxl_u50"), (*CUT, "--set", "memory.recompute_every=1"))}
 PUBLISHED = [name for name in config.shipped_names("jobs") if not name.startswith(("preprocess_", "tiny_", "small_"))]

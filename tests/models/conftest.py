@@ -37,6 +37,26 @@ def tokens_of() -> Callable[[str], torch.Tensor]:
 
 
 @pytest.fixture(scope="session")
+def states_of() -> Callable[..., list[torch.Tensor]]:
+    """`states_of(model, layers, batch)`: what each layer reads, and behind these the last hidden states, as `hidden` gives them."""
+
+    def watch(model: Any, layers: Any, batch: Batch) -> list[torch.Tensor]:
+        found: list[torch.Tensor] = []
+
+        def keep(_layer: torch.nn.Module, arguments: tuple[Any, ...]) -> None:
+            first = arguments[0]
+            found.append(first[0][0] if isinstance(first, list) else first)  # XLNet's layers read streams
+
+        with contextlib.ExitStack() as stack:
+            for layer in layers:
+                stack.callback(layer.register_forward_pre_hook(keep).remove)
+            last = model.hidden(batch)
+        return [*found, last]
+
+    return watch
+
+
+@pytest.fixture(scope="session")
 def pack(tokens_of) -> Callable[..., Batch]:
     """`pack(proteins)` makes one packed batch; every 7th residue of a protein is masked, hence equal in any company."""
 

@@ -32,13 +32,13 @@ def pair(request, strengthen):
     return ours, masked, body
 
 
-def test_all_hidden_states_logits_and_losses_agree_on_mixed_lengths(pair, corrupted, padded):
+def test_all_hidden_states_logits_and_losses_agree_on_mixed_lengths(pair, corrupted, padded, states_of):
     ours, masked, body = pair
     batch = corrupted(RECORD, Masked(), list(range(12)), max_residues=300)
     assert batch.max_length > 2 * int(batch.cu_seqlens.diff().min()), "the batch must mix lengths"
     tokens, real, labels = padded(batch)
     chosen = real.bool()
-    states = ours.hidden_states(batch)
+    states = states_of(ours, [ours.layer], batch)
     wanted = body(input_ids=tokens, attention_mask=real, output_hidden_states=True).hidden_states
     found = masked(input_ids=tokens, attention_mask=real, labels=labels)
     # With shared layers transformers records each application and, first, what the first one reads.

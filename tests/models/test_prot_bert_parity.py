@@ -44,12 +44,12 @@ def reference(theirs, batch):
     return [state[chosen] for state in states], logits[chosen], loss
 
 
-def test_all_hidden_states_logits_and_losses_agree_on_mixed_lengths(pair, pack, proteins):
+def test_all_hidden_states_logits_and_losses_agree_on_mixed_lengths(pair, pack, proteins, states_of):
     ours, theirs = pair
     batch = pack(proteins[:16])
     assert batch.max_length > 2 * int(batch.cu_seqlens.diff().min()), "the batch must mix lengths"
     wanted_states, wanted_logits, wanted_loss = reference(theirs, batch)
-    states = ours.hidden_states(batch)
+    states = states_of(ours, ours.layers, batch)
     assert len(states) == len(wanted_states) == ours.shape.num_layers + 1
     for state, wanted in zip(states, wanted_states, strict=True):
         assert (state - wanted).abs().max() <= 1e-5

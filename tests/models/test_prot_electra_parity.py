@@ -44,7 +44,7 @@ def test_names_cover_every_tensor(trio):
     assert LAYOUT.names(ours.shape).keys() | GENERATOR.names(ours.shape).keys() == ours.state_dict().keys()
 
 
-def test_hidden_states_scores_and_both_losses_agree_on_mixed_lengths(trio, corrupted, padded):
+def test_hidden_states_scores_and_both_losses_agree_on_mixed_lengths(trio, corrupted, padded, states_of):
     ours, generator, discriminator = trio
     batch = corrupted(RECORD, ReplacedToken(), list(range(12)), max_residues=300)
     assert batch.max_length > 2 * int(batch.cu_seqlens.diff().min()), "the batch must mix lengths"
@@ -62,7 +62,7 @@ def test_hidden_states_scores_and_both_losses_agree_on_mixed_lengths(trio, corru
     read = dataclasses.replace(batch, tokens=forged)
     is_forged = padded(dataclasses.replace(batch, tokens=(forged != clean).long()))[0]
     judged = discriminator(input_ids=padded(read)[0], attention_mask=real, labels=is_forged, output_hidden_states=True)
-    states = ours.hidden_states(read)
+    states = states_of(ours, ours.discriminator.layers, read)
     assert len(states) == len(judged.hidden_states) == ours.shape.num_layers + 1
     for state, wanted in zip(states, judged.hidden_states, strict=True):
         assert (state - wanted[chosen]).abs().max() <= 1e-5

@@ -78,7 +78,7 @@ def pair(request):
 
 
 @pytest.mark.parametrize("target", ["whole", "sentinels"])
-def test_hidden_states_logits_loss_and_gradients_are_those_of_transformers(pair, corrupted, target):
+def test_hidden_states_logits_loss_and_gradients_are_those_of_transformers(pair, corrupted, target, states_of):
     ours, theirs = pair
     batch = corrupted(range(10), Denoising(target=target))
     lengths = batch.cu_seqlens.diff()
@@ -91,7 +91,7 @@ def test_hidden_states_logits_loss_and_gradients_are_those_of_transformers(pair,
         output_hidden_states=True,
     )
     loss = torch.nn.functional.cross_entropy(found.logits[written], batch.targets, reduction="sum")
-    states = ours.hidden_states(batch)
+    states = states_of(ours, ours.encoder.layers, batch)
     assert len(states) == len(found.encoder_hidden_states) == ours.shape.num_layers + 1
     for state, wanted in zip(states, found.encoder_hidden_states, strict=True):
         assert (state - wanted[real]).abs().max() <= 1e-5

@@ -75,7 +75,7 @@ def random_tokens(*shape, seed=1):
 
 
 @pytest.mark.parametrize("name", ["same_length", "full"])
-def test_segments_with_memory_are_those_of_transformers(recording, name):
+def test_segments_with_memory_are_those_of_transformers(recording, name, states_of):
     from safetensors.torch import load_file
 
     about, expected = json.loads((RECORDED / "about.json").read_text()), load_file(RECORDED / "outputs.safetensors")
@@ -85,7 +85,7 @@ def test_segments_with_memory_are_those_of_transformers(recording, name):
     for piece in range(recording.PIECES):
         batch = lanes_batch(tokens[:, piece * recording.PIECE : (piece + 1) * recording.PIECE], memory=memory)
         with torch.no_grad():
-            states, result = model.hidden_states(batch), model(batch)
+            states, result = states_of(model, model.layers, batch), model(batch)
         assert float(result.loss) == pytest.approx(about["losses"][name][piece], rel=1e-6)
         memory = result.memory
     for number, hidden in enumerate(states):

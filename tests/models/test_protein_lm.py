@@ -221,12 +221,12 @@ def reference(theirs, batch: Batch):
     return [state[chosen] for state in found.hidden_states], found.logits[chosen], found.loss * len(batch.targets)
 
 
-def test_hidden_states_logits_losses_and_gradients_are_those_of_transformers(pair, proteins):
+def test_hidden_states_logits_losses_and_gradients_are_those_of_transformers(pair, proteins, states_of):
     ours, theirs = pair
     batch = pack_proteins(proteins[:12])
     assert batch.max_length > 2 * int(batch.cu_seqlens.diff().min()), "the batch must mix lengths"
     wanted_states, wanted_logits, wanted_loss = reference(theirs, batch)
-    states = ours.hidden_states(batch)
+    states = states_of(ours, ours.layers, batch)
     assert len(states) == len(wanted_states) == ours.shape.num_layers + 1
     for state, wanted in zip(states, wanted_states, strict=True):
         assert (state - wanted).abs().max() <= 1e-5

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
+import re
 import shutil
+import stat
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -17,6 +21,7 @@ from prottrans_hpc.models.huggingface_bert import LAYOUT
 from prottrans_hpc.models.prot_bert import build
 from prottrans_hpc.stage import run_stage
 from prottrans_hpc.train import checkpoint
+from prottrans_hpc.train.convert import render_card
 
 RECORD = architecture.get("prot_bert")
 FILES = {"README.md", "config.json", "manifest.json", "model.safetensors", "special_tokens_map.json", "tokenizer_config.json", "vocab.txt"}
@@ -104,6 +109,26 @@ def test_the_model_card_says_what_it_is_and_how_to_use_it(exported):
     assert card.startswith("---\nlibrary_name: transformers\n")
     for said in ("prot_bert", "size: tiny", "parameters: 274,592", "imported from: a test", "AutoTokenizer.from_pretrained", "one blank between residues"):
         assert said in card
+
+
+def test_the_example_of_the_model_card_works_as_it_is_pasted(trained, exported, monkeypatch):
+    pytest.importorskip("transformers", reason="the reference implementation: pip install 'prottrans-hpc[interop]'")
+    snippet = re.search(r"```python\n(.*?)```", (exported / "README.md").read_text(), re.DOTALL)[1]
+    monkeypatch.chdir(exported)
+    names = {}
+    exec(snippet, names)
+    hidden = trained[1].hidden(one_sequence(names["inputs"]["input_ids"][0]))
+    assert names["residue_vectors"].shape == (10, 64)
+    assert (names["residue_vectors"] - hidden[1:-1]).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("name", [record.name for record in architecture.available() if record.huggingface])
+def test_every_example_is_python_that_opens_the_folder_of_its_card(name):
+    record = architecture.get(name)
+    card = render_card(record, record.size("tiny").shape, {"identity": {}, "step": 0, "run_id": None})
+    snippet = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
+    compile(snippet, name, "exec")
+    assert snippet.startswith('folder = "."') and "from_pretrained(folder" in snippet
 
 
 def test_the_published_folders_settings_are_those_of_an_export(exported):
@@ -285,15 +310,17 @@ class Marker:
 
 
 @pytest.mark.parametrize("torch_format", [True, False])
-def test_a_malicious_pickle_is_refused_and_not_executed(folder, torch_format, tmp_path):
+def test_a_malicious_pickle_is_refused_and_not_executed(folder, torch_format, tmp_path, recwarn):
     (folder / "model.safetensors").unlink()
     content = {"bert.embeddings.LayerNorm.weight": torch.zeros(64), "payload": Marker(tmp_path / "executed")}
     if torch_format:
         torch.save(content, folder / "pytorch_model.bin")
     else:
         (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Marker(tmp_path / "executed")))
-    with pytest.raises(DataError, match=r"pytorch_model\.bin is refused: it holds more than tensors"):
+    with pytest.raises(DataError, match=r"pytorch_model\.bin is refused: it holds more than tensors.* Take a model\.safetensors") as caught:
         import_(folder, tmp_path / "imported")
+    assert "weights_only" not in str(caught.value) and "can still be loaded" not in str(caught.value)
+    assert not recwarn.list
     assert not (tmp_path / "executed").exists()
     pickle.loads(pickle.dumps(Marker(tmp_path / "executed")))
     assert (tmp_path / "executed").exists(), "the marker must work, or the test proves nothing"
@@ -325,6 +352,31 @@ def test_nothing_is_overwritten(trained, exported, tmp_path):
         import_(exported, tmp_path)
     with pytest.raises(ConfigError, match="'onnx' is not known; choose from hf"):
         export(trained[0], tmp_path / "onnx", to="onnx")
+
+
+def test_every_file_may_be_read_by_whom_the_umask_lets(trained, tmp_path):
+    before = os.umask(0o027)
+    try:
+        export(trained[0], tmp_path / "hf")
+    finally:
+        os.umask(before)
+    assert {path.name: oct(stat.S_IMODE(path.stat().st_mode)) for path in (tmp_path / "hf").iterdir()} == dict.fromkeys(FILES, "0o640")
+
+
+@pytest.mark.parametrize("size", ["4k", "400k"])
+def test_a_full_disk_is_named_and_nothing_half_is_left(trained, tmp_path, prottrans, size):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("this user may not mount a small file system")
+    try:
+        told = prottrans("export", str(trained[0]), "--to", "hf", str(disk / "hf"), code=73)
+        assert "No space left on device" in told.stderr
+        assert f"(file system {disk})" in told.stderr
+        assert "Traceback" not in told.stderr
+        assert list(disk.iterdir()) == []
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
 def test_the_commands_do_it_too(prottrans, trained, tmp_path):

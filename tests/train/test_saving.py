@@ -21,7 +21,7 @@ from prottrans_hpc.recipe import Checkpointing
 from prottrans_hpc.run_dir import RunDir
 from prottrans_hpc.train import checkpoint
 from prottrans_hpc.train.retention import prune, remove_leftovers, steps_to_keep
-from prottrans_hpc.train.saving import MAX_WRITERS, MIN_BYTES_A_WRITER, Saver, plan_files
+from prottrans_hpc.train.saving import MAX_WRITERS, MIN_BYTES_A_WRITER, LaneTensors, Saver, plan_files
 from prottrans_hpc.train.tensor_file import Staging
 
 HERE = Path(__file__).parent
@@ -79,6 +79,19 @@ def test_staging_memory_is_allocated_once(tmp_path: Path) -> None:
     saver.drain()
     assert len(addresses) == 1
     assert run.checkpoint_steps() == [2, 3]
+
+
+def test_the_memory_of_lanes_that_are_no_more_is_given_back(tmp_path: Path) -> None:
+    run, tensors = _run(tmp_path), {"model": {"w": torch.ones(100)}, "optimizer": {}}
+    saver = _saver(run)
+    for step, num_lanes in enumerate((4, 8, 8, 16), 1):
+        saver.stage(step, _state(step), tensors, LaneTensors(num_lanes, 1, {"lane-00000000": torch.full((num_lanes, 3), float(step))}))
+        saver.start()
+        assert len([name for name in saver._staging if name.startswith("memory-")]) == 1
+        assert len(saver._staging) == 2
+    saver.drain()
+    files = [path.name for path in run.checkpoint(4).iterdir() if path.name.startswith("memory-")]
+    assert files == ["memory-00000000-00000016-of-00000016.safetensors"]
 
 
 def test_a_slow_disk_does_not_hold_training_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

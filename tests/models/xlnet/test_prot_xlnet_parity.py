@@ -64,10 +64,10 @@ def reference_loss(theirs, batch, memories=None):
     return functional.cross_entropy(scores, torch.cat(targets), reduction="sum"), scores, new
 
 
-def test_all_hidden_states_and_logits_agree_on_mixed_lengths(pair, xlnet_pack):
+def test_all_hidden_states_and_logits_agree_on_mixed_lengths(pair, xlnet_pack, states_of):
     ours, theirs = pair
     batch = xlnet_pack(list(range(8)))
-    states = ours.hidden_states(batch)
+    states = states_of(ours, ours.layers, batch)
     logits = ours.logits(states[-1])
     assert len(states) == ours.shape.num_layers + 1
     for here, tokens, *_ in sequences_of(batch):
