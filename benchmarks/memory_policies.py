@@ -73,9 +73,9 @@ class Bench:
         self.module.zero_grad(set_to_none=False)
         if self.settings.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
+            before = torch.cuda.memory_stats()["active_bytes.all.current"]  # what copies still use counts, too
             self.step(memory, 0)
-            return 0, torch.cuda.max_memory_allocated() - before
+            return 0, torch.cuda.memory_stats()["active_bytes.all.peak"] - before
         self.module.recompute_every = memory.recompute_every
         parameters = list(self.module.parameters())
         beside = [*parameters, *(one.grad for one in parameters if one.grad is not None)]

@@ -6,12 +6,14 @@ it was done inside of torch's allocator then and is done at autograd's door now,
 
 from __future__ import annotations
 
+import operator
 import threading
 import warnings
 from typing import Any
 
 import torch
 
+from .counting import Counts
 from .lms import LargeModelSupport
 
 _INTERFACE = ("set_enabled_lms", "get_enabled_lms", "set_limit_lms", "get_limit_lms", "set_size_lms", "get_size_lms", "reclaim_inactive")
@@ -68,9 +70,17 @@ def get_enabled_lms() -> bool:
 
 def set_limit_lms(limit: int) -> None:
     """Bytes that may be allocated on the device, softly: saved tensors are moved where more would be. 0, as at first: all are moved."""
-    if limit < 0:
-        raise ValueError(f"the limit of large model support is {limit} bytes; it must be 0 or more")
-    support().limit_bytes = int(limit)
+    support().limit_bytes = _num_bytes(limit, "the limit of large model support")
+
+
+def _num_bytes(number: int, what: str) -> int:
+    try:
+        found = operator.index(number)
+    except TypeError:
+        raise TypeError(f"{what} is {number!r}; it must be a whole number of bytes, 0 or more") from None
+    if found < 0:
+        raise ValueError(f"{what} is {found} bytes; it must be 0 or more")
+    return found
 
 
 def get_limit_lms() -> int:
@@ -80,9 +90,7 @@ def get_limit_lms() -> int:
 
 def set_size_lms(size: int) -> None:
     """Bytes that a storage must have to be moved; 1 MiB at first. IBM's last version took this and did nothing with it."""
-    if size < 0:
-        raise ValueError(f"the least size for large model support is {size} bytes; it must be 0 or more")
-    support().size_bytes = int(size)
+    support().size_bytes = _num_bytes(size, "the least size for large model support")
 
 
 def get_size_lms() -> int:
@@ -96,9 +104,9 @@ def reclaim_inactive() -> None:
 
 
 def memory_stats(device: Any = None) -> dict[str, Any]:
-    """What torch.cuda.memory_stats gives, and what large model support counts. Without GPU the latter alone, of the simulated device."""
+    """What torch.cuda.memory_stats gives, and what large model support counts. Of CPU tensors the latter alone, of the simulated device."""
     found: dict[str, Any] = dict(_original("memory_stats")(device)) if torch.cuda.is_available() else {}
-    counted = support().counts(_device(device)).named()
+    counted = _counts(device).named()
     # These two are the allocator's: what it asked the driver for, and how often it had to let go of its cache first.
     counted["alloc_distribution.cudamalloc"] = found.get("num_device_alloc", 0)
     counted["alloc_distribution.cudamalloc_retry"] = found.get("num_alloc_retries", 0)
@@ -109,23 +117,27 @@ def reset_peak_memory_stats(device: Any = None) -> None:
     """Peaks begin anew, torch's and those of large model support."""
     if torch.cuda.is_available():
         _original("reset_peak_memory_stats")(device)
-    support().counts(_device(device)).forget(peak=True)
+    _counts(device).forget(peak=True)
 
 
 def reset_accumulated_memory_stats(device: Any = None) -> None:
     """What only grows begins anew, torch's and that of large model support."""
     if torch.cuda.is_available():
         _original("reset_accumulated_memory_stats")(device)
-    support().counts(_device(device)).forget(accumulated=True)
+    _counts(device).forget(accumulated=True)
 
 
-def _device(device: Any) -> torch.device:
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
+def _counts(device: Any) -> Counts:
+    """Of a GPU; where nothing was saved on it, of the device that CPU tensors stand for."""
+    gpu, known = _gpu(device) if torch.cuda.is_available() else None, support().devices()
+    return support().counts(gpu if gpu in known else torch.device("cpu"))
+
+
+def _gpu(device: Any) -> torch.device:
     if device is None:
         return torch.device("cuda", torch.cuda.current_device())
     found = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
-    return torch.device("cuda", torch.cuda.current_device()) if found.index is None else found
+    return torch.device("cuda", torch.cuda.current_device()) if found.type == "cuda" and found.index is None else found
 
 
 def _original(name: str) -> Any:

@@ -10,8 +10,8 @@ tensor and the backward pass that wants it, which is the time in which it lies i
 - Parameters and their views, storages below `size_bytes`, and what is no plain tensor of the device (sparse, subclasses) stay where they are. Of a
   DTensor the local part is moved.
 
-On a machine without GPU the same happens to CPU tensors: the limit is one of a device that is only counted, and copies go through the same pool. That
-spares no memory; it makes everything but the streams testable anywhere.
+To CPU tensors the same happens, on a machine with a GPU or without: the limit is one of a device that is only counted, and copies go through the same
+pool. That spares no memory; it makes everything but the streams testable anywhere.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import contextlib
 import functools
 import threading
 import weakref
-from collections import OrderedDict, defaultdict, deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
 from typing import Any, Literal, ParamSpec, TypeVar
@@ -33,8 +33,9 @@ from .divided import by_parts
 from .hooks import AS_IS, Hooks, applied, is_plain
 from .host_pool import HostPool
 from .moving import Grave, Moving, Saved, Tape
+from .residence import Residence
 from .storages import Catalogue, Parameters, View
-from .transfer import CudaTransfer, DirectTransfer, Pause, Transfer
+from .transfer import CudaTransfer, DirectTransfer, Pause
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -43,35 +44,12 @@ SIZE_BYTES = 1 << 20
 """Smaller storages stay, unless told otherwise: a copy of less takes longer to begin than to make."""
 AHEAD_BYTES = 64 << 20
 """Enough to hide a copy behind the computation of a layer."""
-_BEHIND, _FARTHEST = 8, 64
-"""Saved storages that are looked at when one may be brought back early."""
-
-_Order = OrderedDict[int, "weakref.ref[Moving]"]
 
 
 class _OfThread(threading.local):
     def __init__(self) -> None:
         self.tapes: defaultdict[torch.device, Tape] = defaultdict(list)
         self.entered: list[contextlib.AbstractContextManager[None]] = []
-
-
-class _Device:
-    """What is there of one device."""
-
-    def __init__(self, transfer: Transfer) -> None:
-        self.transfer = transfer
-        self.counts = Counts()
-        self.movable: _Order = OrderedDict()
-        """On the device alone, the first saved first."""
-        self.spent: _Order = OrderedDict()
-        """Brought back, had by the backward pass and alive all the same (retain_graph): dropping them costs no copy."""
-        self.beside_bytes = 0
-        """On the device when the first tensor was saved, if the limit is one of the whole device."""
-
-    @property
-    def bytes(self) -> int:
-        """Of saved storages that are there."""
-        return self.counts.on_device.bytes["all"].current
 
 
 class LargeModelSupport:
@@ -89,19 +67,17 @@ class LargeModelSupport:
         ahead_bytes: int = AHEAD_BYTES,
         limits: Literal["saved", "device"] = "saved",
         parameters: Iterable[Tensor] | Parameters = (),
-        device_type: Literal["cpu", "cuda"] | None = None,
         pause: Pause | None = None,
     ) -> None:
         self.limit_bytes, self.ahead_bytes, self.limits = limit_bytes, ahead_bytes, limits
         self.size_bytes = SIZE_BYTES if size_bytes is None else size_bytes
-        self.device_type = device_type or ("cuda" if torch.cuda.is_available() else "cpu")
-        self.pool = HostPool(pinned=self.device_type == "cuda")
+        self.pool = HostPool()
         self._parameters = Parameters.of(parameters)
         self.hooks = by_parts(Hooks(self._pack, self._unpack), self._parameters.has)
         self._pause = pause
         self._lock = threading.RLock()
         self._catalogue = Catalogue[Moving]()
-        self._devices: dict[torch.device, _Device] = {}
+        self._devices: dict[torch.device, Residence] = {}
         self._graves: deque[Grave] = deque()
         self._of_thread = _OfThread()
         self._number = 0
@@ -131,12 +107,18 @@ class LargeModelSupport:
             found = next(iter(self._devices.values()), None) if device is None else self._devices.get(device)
             return found.counts if found else Counts()
 
+    def devices(self) -> list[torch.device]:
+        """Those that tensors were saved on."""
+        with self._lock:
+            return list(self._devices)
+
     def reclaim_inactive(self) -> int:
-        """Move all that may be moved to the host, whatever the limit. Returns how many bytes went."""
+        """Move all that may be moved to the host, whatever the limit, and wait until its memory is free. Returns how many bytes went."""
         with self._up_to_date():
             before = sum(device.counts.reclaimed_bytes for device in self._devices.values())
             for device in self._devices.values():
-                self._make_room(device, target_bytes=0)
+                device.make_room(0, self.ahead_bytes)
+                device.departures.wait_until(0)
             return sum(device.counts.reclaimed_bytes for device in self._devices.values()) - before
 
     def trim(self) -> None:
@@ -146,26 +128,17 @@ class LargeModelSupport:
 
     @contextlib.contextmanager
     def _up_to_date(self) -> Iterator[None]:
-        """Alone, and with everything counted that died since."""
+        """Alone, and with everything counted that died or was copied since."""
         with self._lock:
             while self._graves:
-                self._bury(self._graves.popleft())
+                grave = self._graves.popleft()
+                self._devices[grave.device].bury(grave)
+            for device in self._devices.values():
+                device.departures.let_go()
             yield
 
-    def _bury(self, grave: Grave) -> None:
-        device = self._devices[grave.device]
-        device.movable.pop(grave.number, None)
-        device.spent.pop(grave.number, None)
-        if grave.is_on_device:
-            device.counts.on_device.remove(grave.num_bytes)
-        if grave.is_pinned:
-            device.counts.pinned.remove(grave.num_bytes)
-        if grave.block is not None:
-            device.counts.on_host.remove(grave.num_bytes)
-            self.pool.give(grave.block)
-
     def _takes(self, tensor: Tensor) -> bool:
-        if tensor.device.type != self.device_type or not is_plain(tensor):
+        if tensor.device.type not in ("cpu", "cuda") or not is_plain(tensor):
             return False
         return tensor.untyped_storage().nbytes() >= max(self.size_bytes, 1) and not self._parameters.has(tensor)
 
@@ -178,76 +151,32 @@ class LargeModelSupport:
             return Saved(moving, View.of(tensor))
 
     def _begin(self, tensor: Tensor) -> Moving:
-        device = self._devices.get(tensor.device)
-        if device is None:
-            transfer = CudaTransfer(tensor.device, self._pause) if self.device_type == "cuda" else DirectTransfer()
-            device = self._devices[tensor.device] = _Device(transfer)
+        device = self._device_of(tensor)
         if self.limits == "device" and not len(self._catalogue):
-            device.beside_bytes = torch.cuda.memory_allocated(tensor.device) - tensor.untyped_storage().nbytes() if self.device_type == "cuda" else 0
+            device.beside_bytes = _beside(tensor, device)
         self._number += 1
         moving = Moving(tensor, self._number, self._graves)
-        moving.written_on = device.transfer.written_on()
+        moving.written = device.transfer.written()
         tape = moving.tape = self._of_thread.tapes[tensor.device]
         while tape and tape[-1]() is None:
             tape.pop()
         moving.place = len(tape)
         tape.append(weakref.ref(moving))
         self._catalogue.add(moving)
-        device.counts.on_device.add(moving.num_bytes)
-        device.movable[moving.number] = weakref.ref(moving)
-        device.counts.sources[self._make_room(device, self._room(device))] += 1
+        device.settle(moving)
+        device.counts.sources[device.make_room(self._room(device), self.ahead_bytes)] += 1
         return moving
 
-    def _room(self, device: _Device) -> int:
+    def _device_of(self, tensor: Tensor) -> Residence:
+        """Each tensor goes as its own device has it, whatever others the machine has."""
+        device = self._devices.get(tensor.device)
+        if device is None:
+            transfer = CudaTransfer(tensor.device, self._pause) if tensor.is_cuda else DirectTransfer()
+            device = self._devices[tensor.device] = Residence(transfer, self.pool)
+        return device
+
+    def _room(self, device: Residence) -> int:
         return max(0, self.limit_bytes - device.beside_bytes)
-
-    def _make_room(self, device: _Device, target_bytes: int) -> str:
-        """Have no more on the device than that, if possible. Returns what did it, in the words of the allocator's statistics."""
-        while device.bytes > target_bytes and device.spent:
-            _, reference = device.spent.popitem(last=False)
-            if (moving := reference()) is not None:
-                self._drop(device, moving)
-        num_moved = 0
-        while device.bytes > target_bytes and device.movable:
-            _, reference = device.movable.popitem(last=False)
-            if (moving := reference()) is not None:
-                self._move(device, moving)
-                num_moved += 1
-        if num_moved == 0:
-            return "freelist"
-        if not device.movable and num_moved > 1:
-            return "reclaim_all"
-        return "reclaim_one" if num_moved == 1 else "reclaim_fragments"
-
-    def _move(self, device: _Device, moving: Moving) -> None:
-        assert moving.bytes is not None
-        block = self.pool.take(moving.num_bytes)
-        moving.is_out = device.transfer.out(moving.bytes, block, moving.written_on)
-        moving.block, moving.bytes, moving.is_on_device = block, None, False
-        device.counts.on_device.remove(moving.num_bytes)
-        device.counts.on_host.add(moving.num_bytes)
-        device.counts.reclaimed += 1
-        device.counts.reclaimed_bytes += moving.num_bytes
-
-    def _drop(self, device: _Device, moving: Moving) -> None:
-        assert moving.bytes is not None
-        moving.lent = weakref.ref(moving.bytes.untyped_storage())
-        moving.bytes, moving.is_on_device, moving.is_pinned = None, False, False
-        device.counts.on_device.remove(moving.num_bytes)
-        device.counts.pinned.remove(moving.num_bytes)
-
-    def _bring_back(self, device: _Device, moving: Moving) -> None:
-        assert moving.block is not None
-        moving.bytes, moving.is_back = device.transfer.back(moving.block, moving.num_bytes, moving.is_out, moving.device)
-        moving.lent, moving.is_on_device = None, True
-        device.counts.on_device.add(moving.num_bytes)
-        self._pin(device, moving)
-
-    def _pin(self, device: _Device, moving: Moving) -> None:
-        if not moving.is_pinned:
-            moving.is_pinned = True
-            device.movable.pop(moving.number, None)
-            device.counts.pinned.add(moving.num_bytes)
 
     def _unpack(self, saved: Any) -> Tensor:
         if not isinstance(saved, Saved):
@@ -258,37 +187,22 @@ class LargeModelSupport:
             device = self._devices[moving.device]
             storage = moving.on_device()
             if storage is None:
-                device.counts.sources[self._make_room(device, max(0, self._room(device) - moving.num_bytes))] += 1
+                device.counts.sources[device.make_room(max(0, self._room(device) - moving.num_bytes), self.ahead_bytes)] += 1
                 device.counts.fetched_late += 1
-                self._bring_back(device, moving)
+                device.bring_back(moving)
             elif moving.bytes is not None:
-                self._pin(device, moving)
-            self._fetch_ahead(device, moving)
-            self._want(device, moving, saved)
+                device.pin(moving)
+            device.fetch_ahead(moving, max(self._room(device), self.ahead_bytes))
+            device.want(moving, saved)
             storage = moving.on_device() if storage is None else storage
             assert storage is not None
             if moving.is_back is not None:
                 device.transfer.ready(View(torch.uint8, (moving.num_bytes,), (1,), 0).on(storage), moving.is_back)
             return saved.view.on(storage)
 
-    def _fetch_ahead(self, device: _Device, moving: Moving) -> None:
-        # An operation wants what it saved in the order of saving: hence from a few places behind.
-        first = min(len(moving.tape), moving.place + _BEHIND) - 1
-        for place in range(first, max(-1, first - _FARTHEST), -1):
-            other = moving.tape[place]()
-            if other is None or other.on_device() is not None or other.round != moving.round:
-                continue
-            if device.bytes + other.num_bytes > max(self._room(device), self.ahead_bytes):
-                return
-            device.counts.sources["freelist"] += 1
-            self._bring_back(device, other)
 
-    def _want(self, device: _Device, moving: Moving, saved: Saved) -> None:
-        """Note that this tensor was had; with its last one in this backward pass the storage need not stay if it has a copy."""
-        if saved.round == moving.round:
-            saved.round += 1
-            moving.num_wanted += 1
-        if moving.num_wanted >= moving.num_saved:
-            moving.num_wanted, moving.round = 0, moving.round + 1
-            if moving.block is not None and moving.bytes is not None:
-                device.spent[moving.number] = weakref.ref(moving)
+def _beside(tensor: Tensor, device: Residence) -> int:
+    """What is allocated on a GPU beside the first tensor that is saved, and beside what still goes."""
+    if not tensor.is_cuda:
+        return 0
+    return torch.cuda.memory_allocated(tensor.device) - tensor.untyped_storage().nbytes() - device.departures.bytes

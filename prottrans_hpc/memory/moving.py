@@ -46,7 +46,7 @@ class Moving(HasOrigin):
         """On the device, as one row; None: not there, or held by others only."""
         self.lent: weakref.ref[torch.UntypedStorage] | None = None
         """What was brought back and is held by others only."""
-        self.written_on: Any = None
+        self.written: Any = None
         self.block: Block | None = None
         """On the host."""
         self.is_out: Any = None

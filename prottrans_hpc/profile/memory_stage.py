@@ -3,19 +3,26 @@ batch each makes possible under a budget of bytes, found by steps that are watch
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import torch
 
 from .. import architecture, durable, terminal
 from ..architectures.growth import grown
 from ..config import parse
 from ..corpus.reader import Corpus
+from ..errors import ResourceError, is_out_of_memory
 from ..recipe import Recipe, recipe_from_json
 from ..recipe_memory import Memory
 from ..stage import Request
 from .memory_step import Trainee, measure, some_corpus, step_seconds
+
+Result = TypeVar("Result")
 
 
 def measure_policies(request: Request) -> None:
@@ -29,9 +36,35 @@ def measure_policies(request: Request) -> None:
     with some_corpus(folder, num_residues=num_residues(recipe)) as corpus:
         for name, values in request["policies"].items():
             terminal.note(f"measuring: {name}")
-            trainee = Trainee(replace(recipe, memory=parse(Memory, values, source=name)), corpus)
-            found[name] = asdict(measure(trainee)) | {"step_s": step_seconds(trainee), "device": trainee.device.type}
+            own = replace(recipe, memory=parse(Memory, values, source=name))
+            found[name] = _unless_too_much(partial(_measured, own, corpus))
+            if found[name] is None:
+                terminal.warn(f"{name}: a step of it needs more memory than there is here; it is left out")
+    if found and not any(found.values()):
+        raise ResourceError(
+            f"no policy's step of micro batches of {recipe.loading.bin_residues:,} residues fits the memory here: take smaller ones, "
+            "--set loading.bin_residues=N, or measure on a larger computer; without --measure all is predicted"
+        )
     durable.write_json(Path(request["out"]), found)
+
+
+def _measured(recipe: Recipe, corpus: Corpus) -> dict[str, Any]:
+    trainee = Trainee(recipe, corpus)
+    return asdict(measure(trainee)) | {"step_s": step_seconds(trainee), "device": trainee.device.type}
+
+
+def _unless_too_much(work: Callable[[], Result]) -> Result | None:
+    """What work gives; None where memory ran out. It begins with as much room as the one before: nothing that is dead stays."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    try:
+        return work()
+    except Exception as error:
+        # Large model support says so in its own words, of the host.
+        if not is_out_of_memory(error) and not (isinstance(error, ResourceError) and error.__cause__ and is_out_of_memory(error.__cause__)):
+            raise
+        return None
 
 
 def num_residues(recipe: Recipe) -> int:
@@ -60,10 +93,14 @@ def study_policies(request: Request) -> None:
             own, guess = replace(recipe, memory=parse(Memory, values, source=name)), request["guesses"][name]
             room = _Room(own, corpus, shape, longest, request["budget_bytes"])
             deep, wide = largest_near(guess["layers"], room.has_layers), largest_near(guess["sequences"], room.has_sequences)
-            trainee = Trainee(_sized(own, wide * longest), corpus) if wide else None
+            step_s = _unless_too_much(partial(_step_seconds, _sized(own, wide * longest), corpus)) if wide else None
             parameters = record.num_parameters(grown(shape, deep)) if deep else 0
-            found[name] = {"layers": deep, "parameters": parameters, "sequences": wide, "step_s": step_seconds(trainee) if trainee else None}
+            found[name] = {"layers": deep, "parameters": parameters, "sequences": wide, "step_s": step_s}
     durable.write_json(Path(request["out"]), found)
+
+
+def _step_seconds(recipe: Recipe, corpus: Corpus) -> float:
+    return step_seconds(Trainee(recipe, corpus))
 
 
 def largest_near(guess: int, fits: Callable[[int], bool]) -> int:
@@ -95,10 +132,15 @@ class _Room:
     budget_bytes: int
 
     def has_layers(self, number: int) -> bool:
-        return self._peak(grown(self.shape, number), 1) <= self.budget_bytes
+        return self._holds(grown(self.shape, number), 1)
 
     def has_sequences(self, number: int) -> bool:
-        return self._peak(self.shape, number) <= self.budget_bytes
+        return self._holds(self.shape, number)
+
+    def _holds(self, shape: Any, num_sequences: int) -> bool:
+        """What this computer itself has no memory for is too much, too."""
+        peak = _unless_too_much(partial(self._peak, shape, num_sequences))
+        return peak is not None and peak <= self.budget_bytes
 
     def _peak(self, shape: Any, num_sequences: int) -> int:
         return measure(Trainee(_sized(self.recipe, num_sequences * self.longest), self.corpus, shape=shape)).peak

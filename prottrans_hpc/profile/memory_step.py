@@ -98,7 +98,7 @@ class Trainee:
         self.module.initialise(recipe.seed)
         self.module = self.module.to(self.device).train()
         self.module.recompute_every = recipe.memory.recompute_every
-        self.lms = _large_model_support(recipe, self.module, self.device)
+        self.lms = _large_model_support(recipe, self.module)
         policies = replace(recipe.memory, lms_limit_gib=None)
         self.forward = around(precision.forward_context(recipe.precision, self.device), policies, self.module.parameters())
         masters = precision.lower_weights(self.module, recipe.precision)
@@ -145,12 +145,12 @@ class Trainee:
         return [*self.module.parameters(), *self.module.buffers(), *self.masters.values(), *gradients, *state, *inputs]
 
 
-def _large_model_support(recipe: Recipe, module: nn.Module, device: torch.device) -> LargeModelSupport | None:
+def _large_model_support(recipe: Recipe, module: nn.Module) -> LargeModelSupport | None:
     """Ours, and not the one that `around` makes, so that its host memory can be told from the device's where both are a CPU's."""
     limit = recipe.memory.lms_limit_gib
     if limit is None:
         return None
-    return LargeModelSupport(int(limit * 2**30), parameters=module.parameters(), device_type="cuda" if device.type == "cuda" else "cpu")
+    return LargeModelSupport(int(limit * 2**30), parameters=module.parameters())
 
 
 def _optimizer(module: nn.Module, masters: dict[str, Tensor], recipe: Recipe, *, moves: bool) -> Optimizer:
@@ -214,13 +214,18 @@ def _count_tracked(trainee: Trainee) -> tuple[int, int]:
 
 
 def _count_allocated(trainee: Trainee) -> tuple[int, int]:
+    # Active bytes: what Python has dropped counts until other streams are done with it, too.
     torch.cuda.synchronize(trainee.device)
     torch.cuda.reset_peak_memory_stats(trainee.device)
-    before = torch.cuda.memory_allocated(trainee.device)
+    before = _active_bytes(trainee.device, "current")
     result = trainee.run_forward()
-    left = torch.cuda.memory_allocated(trainee.device) - before
+    left = _active_bytes(trainee.device, "current") - before
     result.loss.backward()
     del result
     trainee.update()
     torch.cuda.synchronize(trainee.device)
-    return left, torch.cuda.max_memory_allocated(trainee.device) - before
+    return left, _active_bytes(trainee.device, "peak") - before
+
+
+def _active_bytes(device: torch.device, kind: str) -> int:
+    return int(torch.cuda.memory_stats(device)[f"active_bytes.all.{kind}"])

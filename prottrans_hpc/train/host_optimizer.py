@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..memory import page_locked
 from ..recipe import Recipe
 from . import pieces
 from .optim import Optimizer, SumOverRanks, build_optimizer, load_into, unsharded
@@ -104,6 +105,9 @@ class HostOptimizer:
         self._buffers = [self._buffer(torch.float32) for _ in range(_NUM_BUFFERS)]
         half = {parameter.dtype for parameter in parameters.values()} - {torch.float32}
         self._coming = {dtype: [self._buffer(dtype) for _ in range(_NUM_BUFFERS)] for dtype in half}
+        """Gradients, and weights that have no masters, as the device has them: what is no longer half there would come by a copy that waits."""
+        bare = {mirror.parameter.dtype for group in self._groups for mirror in group.mirrors if not mirror.is_master} & half
+        self._reading = {dtype: [self._buffer(dtype) for _ in range(_NUM_BUFFERS)] for dtype in bare}
         self._going = {dtype: [self._buffer(dtype) for _ in range(_NUM_BUFFERS)] for dtype in half}
 
     def _group(self, names: list[str], parameters: Mapping[str, Tensor], masters: Mapping[str, Tensor], build: Callable[..., Optimizer]) -> Group:
@@ -114,7 +118,7 @@ class HostOptimizer:
         return nn.Parameter(pieces.elsewhere(self._empty(pieces.local(parameter).shape), parameter))
 
     def _empty(self, shape: torch.Size | int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, pin_memory=self._pins)
+        return page_locked.empty(shape, dtype, pinned=self._pins)
 
     def _buffer(self, dtype: torch.dtype) -> Tensor:
         return self._empty(max(sum(pieces.largest_numel(mirror.parameter) for mirror in group.mirrors) for group in self._groups), dtype)
@@ -145,17 +149,19 @@ class HostOptimizer:
                     (place if half is None else half).copy_(gradient, non_blocking=True)
                 if not mirror.is_current and mirror.parameter.dtype == torch.float32:
                     pieces.local(mirror.weights).copy_(pieces.local(mirror.parameter), non_blocking=True)
+            for mirror, _, half in self._places(index, self._reading):
+                if half is not None and not mirror.is_current:
+                    half.copy_(pieces.local(mirror.parameter), non_blocking=True)
         return self._arriving.mark()
 
     def _widen(self, index: int) -> None:
         """What has arrived in half, as the update reads it."""
         for mirror, place, half in self._places(index, self._coming):
-            if half is None:
-                continue
-            if mirror.parameter.grad is not None:
+            if half is not None and mirror.parameter.grad is not None:
                 place.copy_(half)
-            if not mirror.is_current:
-                pieces.local(mirror.weights).copy_(pieces.local(mirror.parameter))
+        for mirror, _, half in self._places(index, self._reading):
+            if half is not None and not mirror.is_current:
+                pieces.local(mirror.weights).copy_(half)
 
     def _send(self, index: int) -> Callable[[], None]:
         """Begin to copy a group's new weights to the device; returns how to wait for it."""
@@ -214,8 +220,13 @@ def moves(recipe: Recipe, device: torch.device) -> bool:
 
 def on_host(masters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """fp32 masters in page-locked host memory; a tied weight, which has several names, stays one tensor."""
-    moved = {id(master): nn.Parameter(pieces.elsewhere(pieces.local(master).detach().cpu().pin_memory(), master)) for master in masters.values()}
+    moved = {id(master): nn.Parameter(pieces.elsewhere(_locked(pieces.local(master)), master)) for master in masters.values()}
     return {name: moved[id(master)] for name, master in masters.items()}
+
+
+@torch.no_grad()
+def _locked(part: Tensor) -> Tensor:
+    return page_locked.empty(part.shape, part.dtype, pinned=part.is_cuda).copy_(part)
 
 
 def build_host_optimizer(module: nn.Module, masters: Mapping[str, Tensor], recipe: Recipe, sum_over_ranks: SumOverRanks = unsharded) -> Optimizer:

@@ -230,7 +230,8 @@ def metrics_of(session: Session, loaded: LoadedStep, result: StepResult) -> dict
 def _memory_mib(device: torch.device) -> float:
     """Peak of this rank: of the GPU where there is one, else resident memory."""
     if device.type == "cuda":
-        return round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
+        # Active, not allocated: memory that copies on other streams still use cannot be had by anybody else.
+        return round(int(torch.cuda.memory_stats(device).get("active_bytes.all.peak", 0)) / 2**20, 1)
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10, 1)
 
 

@@ -23,6 +23,8 @@ import safetensors
 import safetensors.torch
 import torch
 
+from ..memory.page_locked import empty_bytes
+
 _DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -68,7 +70,7 @@ class Staging:
         names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
         on_gpu = any(tensor.is_cuda for tensor in tensors.values())
-        self._buffer = torch.zeros(sum(map(tensor_bytes, tensors.values())), dtype=torch.uint8, pin_memory=on_gpu)
+        self._buffer = empty_bytes(sum(map(tensor_bytes, tensors.values())), pinned=on_gpu)
         self._views: dict[str, torch.Tensor] = {}
         offset = 0
         for name in names:

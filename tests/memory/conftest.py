@@ -18,7 +18,7 @@ def support() -> Callable[..., LargeModelSupport]:
     """Makes one in accounting mode, for tensors of any size."""
 
     def make(limit_bytes: int = 0, **settings: Any) -> LargeModelSupport:
-        return LargeModelSupport(limit_bytes, **{"size_bytes": 1, "device_type": "cpu", **settings})
+        return LargeModelSupport(limit_bytes, **{"size_bytes": 1, **settings})
 
     return make
 
@@ -81,6 +81,6 @@ def assert_nothing_is_left() -> Callable[[LargeModelSupport], None]:
         assert (counts.on_device.bytes["all"].current, counts.on_host.bytes["all"].current, counts.pinned.bytes["all"].current) == (0, 0, 0)
         assert lms.pool.bytes_in_use == 0
         assert len(lms._catalogue) == 0
-        assert all(not device.movable and not device.spent for device in lms._devices.values())
+        assert all(not device.movable and not device.spent and not device.departures.bytes for device in lms._devices.values())
 
     return check

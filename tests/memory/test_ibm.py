@@ -107,6 +107,37 @@ def test_a_limit_below_nothing_is_refused(installed: None) -> None:
         cuda.set_size_lms(-1)
 
 
+@pytest.mark.parametrize("wrong", ["1G", 1.5, None])
+def test_what_is_no_number_of_bytes_is_refused_so_too(installed: None, wrong: Any) -> None:
+    for set_it in (cuda.set_limit_lms, cuda.set_size_lms):
+        with pytest.raises(TypeError, match="must be a whole number of bytes, 0 or more"):
+            set_it(wrong)
+    assert cuda.get_size_lms() == 1
+
+
+def test_cpu_modules_are_under_it_where_there_is_a_gpu_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "is_available", lambda: True)
+    monkeypatch.setattr(cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(cuda, "memory_stats", lambda _device=None: {"num_device_alloc": 7})
+    for name in ("reset_peak_memory_stats", "reset_accumulated_memory_stats"):
+        monkeypatch.setattr(cuda, name, lambda _device=None: None, raising=False)
+    ibm._process = None
+    ibm.install()
+    try:
+        cuda.set_size_lms(1)
+        trained = model()
+        expected = step(trained)
+        cuda.set_enabled_lms(True)
+        assert all(torch.equal(one, other) for one, other in zip(step(trained), expected, strict=True))
+        for device in (None, 0, "cuda"):
+            assert (cuda.memory_stats(device)["reclaimed"], cuda.memory_stats(device)["alloc_distribution.cudamalloc"]) == (7, 7)
+        cuda.reset_accumulated_memory_stats()
+        assert cuda.memory_stats()["reclaimed"] == 0
+    finally:
+        ibm.uninstall()
+        ibm._process = None
+
+
 def test_it_is_taken_away_without_a_trace() -> None:
     before = dict(vars(torch.cuda))
     ibm.install()

@@ -44,14 +44,14 @@ class Journal:
     """Notes what travels, by the first number in it."""
 
     def __init__(self, transfer: Any) -> None:
-        self.inner, self.outs, self.backs = transfer, [], []
+        self.pinned, self.inner, self.outs, self.backs = False, transfer, [], []
 
-    def written_on(self) -> None:
+    def written(self) -> None:
         return None
 
-    def out(self, device_bytes: Tensor, block: Any, written_on: None) -> None:
+    def out(self, device_bytes: Tensor, block: Any, written: None) -> None:
         self.outs.append(float(device_bytes.view(torch.float32)[0]))
-        self.inner.out(device_bytes, block, written_on)
+        self.inner.out(device_bytes, block, written)
 
     def back(self, block: Any, num_bytes: int, is_out: None, device: torch.device) -> tuple[Tensor, None]:
         self.backs.append(float(block.bytes[:4].view(torch.float32)[0]))
@@ -206,3 +206,14 @@ def test_a_tracker_of_storages_sees_the_device_and_not_the_host(support: Any) ->
         total.backward()
         assert 64 * KIB <= tracker.peak_bytes < 4 * 64 * KIB
     assert lms.counts().reclaimed_bytes == 8 * 64 * KIB
+
+
+def test_tensors_of_a_cpu_move_where_there_is_a_gpu_too(monkeypatch: pytest.MonkeyPatch, transformer: Any, gradients: Any, assert_nothing_is_left: Any) -> None:
+    """Each goes as its own device has it; page-locked memory is for those of a GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    lms, model = module.LargeModelSupport(size_bytes=1), transformer()
+    expected = gradients(model, model)
+    assert all(torch.equal(one, other) for one, other in zip(gradients(model, lms(model)), expected, strict=True))
+    assert lms.counts().reclaimed > 4
+    assert lms.devices() == [torch.device("cpu")]
+    assert_nothing_is_left(lms)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 import time
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -20,41 +21,53 @@ from prottrans_hpc.memory import lms as module
 from prottrans_hpc.memory.host_pool import Block
 
 
+class Done:
+    """As a CUDA event."""
+
+    def __init__(self, future: Future[None]) -> None:
+        self.query, self.synchronize = future.done, future.result
+
+
 class DawdlingTransfer:
-    """Asynchronous copies between two places of host memory."""
+    """Asynchronous copies between two places of host memory, which keep what they read no more alive than a GPU does."""
+
+    pinned = False
 
     def __init__(self, seed: int) -> None:
         self.outward, self.inward = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
         self.dice = random.Random(seed)
         self.waits = 0
 
-    def written_on(self) -> None:
+    def written(self) -> None:
         return None
 
-    def out(self, device_bytes: Tensor, block: Block, written_on: None) -> Future[None]:
+    def out(self, device_bytes: Tensor, block: Block, written: None) -> Done:
         free_after, nap_s = block.free_after, self.dice.choice((0.0, 0.0, 0.002))
+        memory = weakref.ref(device_bytes.untyped_storage())
 
         def copy() -> None:
             if free_after is not None:
-                free_after.result()
+                free_after.synchronize()
             time.sleep(nap_s)
-            block.bytes[: len(device_bytes)].copy_(device_bytes)
+            there = memory()
+            assert there is not None, "given to others before it was copied"
+            block.bytes[: there.nbytes()].copy_(torch.empty(0, dtype=torch.uint8).set_(there))
 
-        return self.outward.submit(copy)
+        return Done(self.outward.submit(copy))
 
-    def back(self, block: Block, num_bytes: int, is_out: Future[None], device: torch.device) -> tuple[Tensor, Future[None]]:
+    def back(self, block: Block, num_bytes: int, is_out: Done, device: torch.device) -> tuple[Tensor, Done]:
         result, nap_s = torch.full((num_bytes,), 0xFF, dtype=torch.uint8), self.dice.choice((0.0, 0.0, 0.002))
 
         def copy() -> None:
-            is_out.result()
+            is_out.synchronize()
             time.sleep(nap_s)
             result.copy_(block.bytes[:num_bytes])
 
-        return result, self.inward.submit(copy)
+        return result, Done(self.inward.submit(copy))
 
-    def ready(self, device_bytes: Tensor, is_back: Future[None]) -> None:
-        self.waits += not is_back.done()
-        is_back.result()
+    def ready(self, device_bytes: Tensor, is_back: Done) -> None:
+        self.waits += not is_back.query()
+        is_back.synchronize()
 
 
 @pytest.fixture

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from prottrans_hpc.errors import CheckpointError
+from prottrans_hpc.memory import page_locked
 from prottrans_hpc.recipe import read_recipe
 from prottrans_hpc.recipe_optimizers import Adafactor, Adam, AdamW, Lamb
 from prottrans_hpc.train import host_optimizer, optim, precision
@@ -103,6 +106,54 @@ def test_weights_that_something_else_changed_are_read_again():
             model.dense.weight.mul_(0.5)
         take_steps(model, optimizer, range(2, 4))
     assert_same(models[1].state_dict(), models[0].state_dict())
+
+
+class Touched(TorchDispatchMode):
+    """Notes the memory that operations read or write."""
+
+    def __init__(self):
+        super().__init__()
+        self.addresses = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.addresses |= {leaf.untyped_storage().data_ptr() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_the_device_is_read_beside_the_update_and_not_between(level, monkeypatch):
+    """On a GPU the CPU would wait there, for everything that the GPU was told."""
+    model = Model()
+    _, ours = trained(model, level, OPTIMIZERS[0], on_host=True)
+    of_device = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    touched, widen = [], ours._widen
+
+    def watched(index):
+        with Touched() as mode:
+            widen(index)
+        touched.append(mode.addresses)
+
+    monkeypatch.setattr(ours, "_widen", watched)
+    take_steps(model, ours, range(2))
+    assert len(touched) == 2 * len(ours._groups) > 4
+    assert not any(addresses & of_device for addresses in touched)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_page_locked_memory_is_as_much_as_is_needed(level, monkeypatch):
+    """Not the next power of two of every tensor."""
+    asked = []
+
+    def empty_bytes(num_bytes, *, pinned):
+        asked.append(num_bytes)
+        return torch.empty(num_bytes, dtype=torch.uint8)
+
+    monkeypatch.setattr(page_locked, "empty_bytes", empty_bytes)
+    _, ours = trained(Model(), level, OPTIMIZERS[0], on_host=True)
+    weights = [mirror.weights for group in ours._groups for mirror in group.mirrors if not mirror.is_master]
+    largest = max(sum(mirror.parameter.numel() for mirror in group.mirrors) for group in ours._groups)
+    num_half = {"fp32": 0, "bf16_o2": 2, "bf16_o3": 3}[level]
+    assert sum(asked) == sum(tensor.nbytes for tensor in weights) + 2 * largest * (4 + 2 * num_half)
 
 
 def test_groups_hold_what_may_travel_together():
