@@ -43,6 +43,7 @@ class Round:
     inherited: set[int] = field(default_factory=set)
     """Jobs that an earlier start left in the queue."""
     has_submitted: bool = False
+    """Whether the scheduler has taken jobs of this farm, so that what it refuses is their number, not their kind."""
     num_refusals: int = 0
     """Of the scheduler, one after the other."""
     submits_after: float = 0.0
@@ -70,6 +71,7 @@ class Round:
         num_done = sum(job.state == "done" for job in self.jobs)
         if num_done:
             terminal.note(f"{self.name}: {num_done} of {len(self.jobs)} jobs were done before")
+        self.has_submitted = any(path != self.files.state for path in self.plan.folder.glob("*/farm.json"))  # an earlier round has
         self._save()
 
     def _write_job(self, number: int) -> None:

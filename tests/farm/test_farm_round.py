@@ -149,6 +149,19 @@ def test_a_refusal_of_the_first_jobs_ends_the_command(tmp_path):
     assert make_round(tmp_path, num_jobs=3, num_at_once=3).jobs[0].state == "waiting"
 
 
+def test_a_later_round_waits_until_the_jobs_of_the_one_before_have_left_the_queue(tmp_path):
+    step(make_round(tmp_path, num_jobs=1, num_at_once=1), Queue(max_submitted=2))
+    (tmp_path / "x").rename(tmp_path / "before")
+    queue = Queue(max_submitted=2)
+    queue.refuses = True
+    work = make_round(tmp_path, num_jobs=1, num_at_once=1)
+    step(work, queue)
+    assert states(tmp_path) == ["waiting"]
+    queue.refuses = False
+    step(work, queue)
+    assert states(tmp_path) == ["submitted"]
+
+
 @pytest.mark.parametrize("complaint", [None, "scancel does not answer"])
 def test_jobs_that_were_asked_to_end_are_waited_for_by_the_next_start(tmp_path, complaint, capsys):
     queue = Queue(max_submitted=2)
