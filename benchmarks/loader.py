@@ -44,6 +44,8 @@ from prottrans_hpc.recipe import Masked, Order, Phase
 from prottrans_hpc.stage import run_stage
 
 STEP_SEQUENCES = 4096
+TARGET = 50.0
+"""How many times each contender's records a second ours are to be."""
 SUMMIT = (5616, 44_928)
 VOCABULARY = architecture.get("prot_bert").vocabulary
 
@@ -57,9 +59,6 @@ class Row:
     megatokens_per_cpu_s: float
     records_per_s: float
     is_ours: bool
-
-
-# ---- ours ----
 
 
 def in_order(corpus: Corpus) -> Batches:
@@ -186,19 +185,23 @@ def measure_planning(lengths: np.ndarray[Any, Any], repeats: int = 15) -> dict[s
 def render(result: dict[str, Any]) -> str:
     rows = sorted(result["rows"], key=lambda row: -row["records_per_cpu_s"])
     best, limit = result["ours"], result["limit"]
+    complete = next(row["records_per_cpu_s"] for row in rows if "complete micro batches" in row["name"])
     lines = [
         "# Loading: records into packed int64 batches of 32k tokens",
         "",
         f"{result['records']:,} proteins (mean {result['mean_length']:.0f} residues) of {result['data']}, one process, warm page cache;",
         f"medians of {result['rounds']} interleaved rounds of {result['seconds']} CPU-seconds, per second of CPU time of all threads.",
         "",
-        "| contender | records/CPU-s | Mtokens/CPU-s | ours is | of the cast limit |",
-        "|---|---|---|---|---|",
+        "Like for like is the row of shuffled order and gather: as the contenders it hands out raw records. Complete micro batches have special tokens,",
+        f"positions and masks, too, which no contender makes. The target is {TARGET:.0f}x each contender's records a second.",
+        "",
+        "| contender | records/CPU-s | Mtokens/CPU-s | ours is, like for like | target | complete micro batches are | of the cast limit |",
+        "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         name = f"**{row['name']}**" if row["is_ours"] else row["name"]
-        ratio = "" if row["is_ours"] or row["name"].startswith("LIMIT") else f"{best / row['records_per_cpu_s']:,.0f}x"
-        lines.append(f"| {name} | {row['records_per_cpu_s']:,.0f} | {row['megatokens_per_cpu_s']:.1f} | {ratio} | {row['megatokens_per_cpu_s'] / limit:.3f} |")
+        ratios = " |  | " if row["is_ours"] or row["name"].startswith("LIMIT") else _ratios(best, complete, row["records_per_cpu_s"])
+        lines.append(f"| {name} | {row['records_per_cpu_s']:,.0f} | {row['megatokens_per_cpu_s']:.1f} | {ratios} | {row['megatokens_per_cpu_s'] / limit:.3f} |")
     lines += ["", *(f"- Could not run here: {name}: {error}" for name, error in result["broken"].items()), ""]
     planning = result["planning"]
     lines += [
@@ -214,6 +217,11 @@ def render(result: dict[str, Any]) -> str:
             lines.append(f"| {key.rpartition('_')[2]} | " + " | ".join(str(value) for value in values.values()) + " |")
     lines += ["", result["hardware"]["line"], f"Our loops: {result['kernel']}.", ""]
     return "\n".join(lines)
+
+
+def _ratios(best: float, complete: float, rate: float) -> str:
+    """Three cells of a contender."""
+    return f"{best / rate:,.0f}x | {'met' if best / rate >= TARGET else 'missed'} | {complete / rate:,.1f}x"
 
 
 def build_corpus(data: Path, out: Path) -> Corpus:
@@ -237,11 +245,17 @@ def our_contenders(corpus: Corpus) -> list[Contender]:
 def main() -> None:
     """Measure everything and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="FASTA file, or a folder that holds pretrain/swissprot201401_sp50.fasta.zst")
+    parser.add_argument("--data", type=Path, help="FASTA file, or a folder that holds pretrain/swissprot201401_sp50.fasta.zst")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=1.0, help="CPU-seconds a contender and round")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--render", action="store_true", help="write loader.md again from loader.json, and measure nothing")
     options = parser.parse_args()
+    if options.render:
+        (options.out / "loader.md").write_text(render(json.loads((options.out / "loader.json").read_text())))
+        return
+    if options.data is None:
+        parser.error("give --data, or --render")
     data = options.data / "pretrain" / "swissprot201401_sp50.fasta.zst" if options.data.is_dir() else options.data
     with tempfile.TemporaryDirectory() as folder:
         result = run(data, Path(folder), options)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from . import comm_horovod_groups, comm_reduction
 from .comm import Json, ParallelModel, check_same, decode, encode, parameter_digest
-from .comm_buckets import Bucket, Buckets
+from .comm_buckets import Bucket, Buckets, lay_out
 from .errors import ConfigError, RankLostError, ResourceError, missing_package
 from .rank import RankContext
 from .recipe_parallel import Parallel
@@ -157,7 +157,7 @@ class HorovodModel:
         self._reduction = reduction
         self._pipeline = comm_reduction.Pipeline()  # Horovod's waiting is the host's, on GPUs too
         self._handles: list[int] = []
-        self._buckets = Buckets(plan_buckets([p for p in module.parameters() if p.requires_grad], bucket_mib << 20), self._start_sum)
+        self._buckets = Buckets(lay_out([p for p in module.parameters() if p.requires_grad], bucket_mib << 20), self._start_sum)
 
     def no_sync(self) -> AbstractContextManager[None]:
         """Forward and backward in here only add to this rank's gradients."""
@@ -189,16 +189,3 @@ class HorovodModel:
             self._handles.append(self._comm.start_sum(bucket.buffer, f"gradients.{index}"))
         else:
             self._pipeline.start(self._reduction.steps(index, bucket.buffer, bucket.views))
-
-
-def plan_buckets(parameters: list[Tensor], bucket_bytes: int) -> list[list[Tensor]]:
-    """Parameters from the last to the first, about the order in which a backward pass completes their gradients."""
-    groups: list[list[Tensor]] = []
-    size = 0
-    for parameter in reversed(parameters):
-        if not groups or size + parameter.nbytes > bucket_bytes or groups[-1][0].dtype != parameter.dtype:
-            groups.append([])
-            size = 0
-        groups[-1].append(parameter)
-        size += parameter.nbytes
-    return groups

@@ -21,6 +21,10 @@ REQUEST = "comm_request.json"
 RESULTS = ("comm.json", "comm.txt", "comm.png")
 
 
+MPI_OF_ITS_OWN = ("mpirun", "jsrun")
+"""Starters that belong to an MPI. With srun it is the site's matter which MPI may begin; one that may not can end the ranks, so that there it is asked for."""
+
+
 @dataclass(frozen=True)
 class CommPlan:
     """Everything about a study that was decided before anything is touched."""
@@ -49,6 +53,12 @@ class CommPlan:
     def script(self) -> bytes:
         """The job script: a function of the plan alone."""
         return render(self.job, SCHEDULERS[self.machine.scheduler].render_header(self.job))
+
+
+def default_backends(machine: Machine) -> tuple[str, ...]:
+    """Those that a machine's profile can have; what is not installed there is left out, with the reason, by the ranks."""
+    mpi = ("mpi", "horovod") if machine.starter in MPI_OF_ITS_OWN else ()
+    return ("gloo", *mpi, *(("nccl",) if machine.node.num_gpus else ()))
 
 
 def carry_out(plan: CommPlan) -> int:

@@ -9,6 +9,8 @@ import pytest
 
 from prottrans_hpc import errors
 from prottrans_hpc.launch.cli import main
+from prottrans_hpc.launch.comm_job import default_backends
+from prottrans_hpc.machine import read_machine
 
 QUICK = ("--max-mib", "1", "--repetitions", "2")
 
@@ -54,6 +56,11 @@ def test_four_ranks_on_two_nodes(tmp_path: Path, prottrans) -> None:
     report = (out / "comm.txt").read_text()
     assert report.count("\ngloo    ") == 9
     assert "mpi was left out" in report
+
+
+def test_the_default_is_every_back_end_that_the_machine_can_have() -> None:
+    expected = {"laptop": ("gloo",), "laptop_mpi": ("gloo", "mpi", "horovod"), "summit": ("gloo", "mpi", "horovod", "nccl"), "perlmutter": ("gloo", "nccl")}
+    assert {name: default_backends(read_machine(name)) for name in expected} == expected
 
 
 @pytest.mark.horovod

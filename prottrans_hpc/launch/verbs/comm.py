@@ -26,7 +26,9 @@ _EXAMPLES = examples(
 )
 
 
-def _as_backends(ctx: click.Context, param: click.Parameter, value: str) -> tuple[str, ...]:
+def _as_backends(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[str, ...] | None:
+    if value is None:
+        return None
     names = tuple(dict.fromkeys(value.replace(" ", "").split(",")))
     unknown = [name for name in names if name not in BACKENDS]
     if unknown:
@@ -41,7 +43,8 @@ class _Choices:
     machine: str
     demand: Demand
     account: str | None
-    backends: tuple[str, ...]
+    backends: tuple[str, ...] | None
+    """None: those that the machine can have."""
     out: Path
     max_mib: int
     repetitions: int
@@ -57,7 +60,7 @@ class _Choices:
 @machine_option
 @size
 @account
-@click.option("--backends", metavar="NAME,...", default="gloo", show_default=True, callback=_as_backends, help=f"Of {', '.join(BACKENDS)}.")
+@click.option("--backends", metavar="NAME,...", callback=_as_backends, help=f"Of {', '.join(BACKENDS)}.  [default: those that the machine can have]")
 @path_option("--out", metavar="DIR", required=True, help="Where comm.json, comm.txt and comm.png go.")
 @click.option("--max-mib", metavar="M", type=click.IntRange(1, 1024), default=16, show_default=True, help="Largest buffer; the smallest has 1 KiB.")
 @click.option("--repetitions", metavar="N", type=click.IntRange(2, 100), default=7, show_default=True, help="Timings of each collective and size.")
@@ -107,8 +110,9 @@ def _plan(choices: _Choices) -> CommPlan:
     allocation = placement.name_nodes(machine, planner.allocate(machine, choices.demand), required=not choices.dry_run)
     out = RunDir(choices.out.resolve())
     config.check_name(out.path.name, what="the name of the folder")
-    names = ("backends", "repetitions", "limit_s", "timeout_s", "gate", "seed")
-    request = {"machine": machine.name, "max_bytes": choices.max_mib << 20, **{name: getattr(choices, name) for name in names}}
+    backends = choices.backends or comm_job.default_backends(machine)
+    names = ("repetitions", "limit_s", "timeout_s", "gate", "seed")
+    request = {"machine": machine.name, "max_bytes": choices.max_mib << 20, "backends": backends, **{name: getattr(choices, name) for name in names}}
     plan = comm_job.CommPlan(machine, allocation, out, request, terminal.flags(), account)
-    terminal.note(f"machine: {machine.name}, {num_ranks_text(allocation)}; back ends {', '.join(choices.backends)}; results in {out.path}")
+    terminal.note(f"machine: {machine.name}, {num_ranks_text(allocation)}; back ends {', '.join(backends)}; results in {out.path}")
     return plan
