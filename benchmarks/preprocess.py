@@ -184,11 +184,15 @@ def targets(result: dict[str, Any]) -> list[str]:
     for spelling, part in result["parse"].items():
         for name, key, other, target in TARGETS:
             found = part["ratios"][name][key]
-            lines.append(f"| {name}, {spelling}, beside {other} | {target:,g}x | {found:,.3g}x | {'met' if found >= target else 'missed'} |")
+            lines.append(f"| {name}, {spelling}, beside {other} | {target:,g}x | {_factor(found)} | {'met' if found >= target else 'missed'} |")
     limit, shares = next(iter(result["end_to_end"]["share_of"].items()))
     for name, share in shares.items():
         lines.append(f"| the whole of preprocess, {name}, beside {limit} | 1x | {share:.2f}x | {'met' if share >= 1 else 'missed'} |")
     return lines
+
+
+def _factor(value: float) -> str:
+    return f"{value:,.0f}x" if value >= 100 else f"{value:.2f}x"
 
 
 def inputs(fasta: Path, scratch: Path, records: list[tuple[bytes, bytes]]) -> Iterator[tuple[str, dict[float, Path]]]:
