@@ -10,6 +10,7 @@ bias then add up to the distance, which makes the matrix a view of the vector (`
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -100,15 +101,29 @@ def bias_of(bias_HR: Tensor, length: int) -> Tensor:
 
 
 def sum_of_distances(matrix_HIJ: Tensor) -> Tensor:
-    """[H, 2 L - 1]: the sums of a matrix over all pairs at the same distance; the transpose of `bias_of`."""
-    num_heads, length, _ = matrix_HIJ.shape
-    # In rows one shorter than they are padded to, each starts one column later than the one before: equal distances meet.
-    skewed = functional.pad(matrix_HIJ, (0, length)).flatten(1)[:, : length * (2 * length - 1)].view(num_heads, length, 2 * length - 1)
+    """[H, I + J - 1]: the sums of a matrix over all pairs whose row and column add up to the same; the transpose of `bias_of`."""
+    num_heads, num_rows, num_columns = matrix_HIJ.shape
+    width = num_columns + num_rows - 1
+    # In rows one shorter than they are padded to, each starts one column later than the one before: equal sums meet.
+    skewed = functional.pad(matrix_HIJ, (0, num_rows)).flatten(1)[:, : num_rows * width].view(num_heads, num_rows, width)
     return skewed.sum(dim=1)
 
 
+_ROOM = 1 << 18
+"""Numbers of a block of scores: 1 MiB, which stays in a core's cache."""
+
+
+def _blocks(length: int, num_heads: int) -> Iterator[tuple[slice, slice]]:
+    """Heads and query rows of each block of one sequence's scores: some heads whole, or rows of one head where that is too large."""
+    rows = min(length, max(1, _ROOM // length))
+    heads = max(1, _ROOM // (rows * length))
+    for head in range(0, num_heads, heads):
+        for row in range(0, length, rows):
+            yield slice(head, head + heads), slice(row, row + rows)
+
+
 class _Products(torch.autograd.Function):
-    """Plain matrix products, one sequence at a time; the weights are computed again for the gradient, which the bias gets too.
+    """Plain matrix products, a block of scores at a time; the weights are computed again for the gradient, which the bias gets too.
 
     So its memory is linear in L. Gradients: Dao et al. 2022, appendix B.2. What is dropped is drawn again from the same seed.
     """
@@ -128,29 +143,39 @@ class _Products(torch.autograd.Function):
         lengths, dropout, seed = ctx.settings
         wide = torch.promote_types(result.dtype, torch.float32)
         inner = (gradient.to(wide) * result.to(wide)).sum(-1, keepdim=True).to(gradient.dtype)
-        totals = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-        bias_total, middle = torch.zeros_like(bias_HR), bias_HR.shape[1] // 2
-        for index, (q, k, v, g, i, q_total, k_total, v_total) in enumerate(_sequences(lengths, query, key, value, gradient, inner, *totals)):
-            weights_HIJ, g_HID, length = _weights(q, k, bias_HR), g.flip(0).transpose(0, 1), len(q)
-            scores_HIJ = torch.bmm(g_HID, v.permute(1, 2, 0))
-            kept_HIJ = _kept(weights_HIJ, dropout, seed + index) if dropout else None
-            v_total.copy_(torch.bmm((weights_HIJ if kept_HIJ is None else weights_HIJ * kept_HIJ).mT, g_HID).transpose(0, 1))
-            if kept_HIJ is not None:
-                scores_HIJ *= kept_HIJ
-            scores_HIJ.sub_(i.flip(0).transpose(0, 1)).mul_(weights_HIJ)
-            bias_total[:, middle - length + 1 : middle + length] += sum_of_distances(scores_HIJ)
-            q_total.copy_(torch.bmm(scores_HIJ, k.transpose(0, 1)).transpose(0, 1).flip(0))
-            k_total.copy_(torch.bmm(scores_HIJ.mT, q.flip(0).transpose(0, 1)).transpose(0, 1))
+        totals = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
+        bias_total = torch.zeros_like(bias_HR)
+        seeds = itertools.count(seed)
+        for q, k, v, g, i, q_total, k_total, v_total in _sequences(lengths, query, key, value, gradient, inner, *totals):
+            length, q_IHD, g_IHD, inner_IH1, q_total_IHD = len(q), q.flip(0), g.flip(0), i.flip(0), torch.empty_like(q)
+            first = bias_HR.shape[1] // 2 - length + 1
+            for heads, rows in _blocks(length, q.shape[1]):
+                weights_HIJ = _weights(q_IHD[rows, heads], k[:, heads], bias_of(bias_HR, length)[heads, rows])
+                g_HID = g_IHD[rows, heads].transpose(0, 1)
+                scores_HIJ = torch.bmm(g_HID, v[:, heads].permute(1, 2, 0))
+                kept_HIJ = _kept(weights_HIJ, dropout, next(seeds)) if dropout else None
+                v_total[:, heads] += torch.bmm((weights_HIJ if kept_HIJ is None else weights_HIJ * kept_HIJ).mT, g_HID).transpose(0, 1)
+                if kept_HIJ is not None:
+                    scores_HIJ *= kept_HIJ
+                scores_HIJ.sub_(inner_IH1[rows, heads].transpose(0, 1)).mul_(weights_HIJ)
+                sums = sum_of_distances(scores_HIJ)
+                bias_total[heads, first + rows.start : first + rows.start + sums.shape[1]] += sums
+                q_total_IHD[rows, heads] = torch.bmm(scores_HIJ, k[:, heads].transpose(0, 1)).transpose(0, 1)
+                k_total[:, heads] += torch.bmm(scores_HIJ.mT, q_IHD[rows, heads].transpose(0, 1)).transpose(0, 1)
+            q_total.copy_(q_total_IHD.flip(0))
         return *totals, bias_total, None, None
 
 
 def _products_of(parts: tuple[Tensor, ...], bias_HR: Tensor, lengths: list[int], dropout: float, seed: int) -> Tensor:
-    result = torch.empty_like(parts[0])
-    for index, (q, k, v, out) in enumerate(_sequences(lengths, *parts, result)):
-        weights_HIJ = _weights(q, k, bias_HR)
-        if dropout:
-            weights_HIJ *= _kept(weights_HIJ, dropout, seed + index)
-        out.copy_(torch.bmm(weights_HIJ, v.transpose(0, 1)).transpose(0, 1).flip(0))
+    result, seeds = torch.empty_like(parts[0]), itertools.count(seed)
+    for q, k, v, out in _sequences(lengths, *parts, result):
+        q_IHD, out_IHD = q.flip(0), torch.empty_like(out)
+        for heads, rows in _blocks(len(q), q.shape[1]):
+            weights_HIJ = _weights(q_IHD[rows, heads], k[:, heads], bias_of(bias_HR, len(q))[heads, rows])
+            if dropout:
+                weights_HIJ *= _kept(weights_HIJ, dropout, next(seeds))
+            out_IHD[rows, heads] = torch.bmm(weights_HIJ, v[:, heads].transpose(0, 1)).transpose(0, 1)
+        out.copy_(out_IHD.flip(0))
     return result
 
 
@@ -158,9 +183,8 @@ def _sequences(lengths: list[int], *parts: Tensor) -> Iterator[tuple[Tensor, ...
     return zip(*(torch.split(part, lengths) for part in parts), strict=True)
 
 
-def _weights(query_LHD: Tensor, key_LHD: Tensor, bias_HR: Tensor) -> Tensor:
-    bias_HIJ = bias_of(bias_HR, len(query_LHD)).to(query_LHD.dtype)
-    scores_HIJ = torch.baddbmm(bias_HIJ, query_LHD.flip(0).transpose(0, 1), key_LHD.permute(1, 2, 0))
+def _weights(query_IHD: Tensor, key_JHD: Tensor, bias_HIJ: Tensor) -> Tensor:
+    scores_HIJ = torch.baddbmm(bias_HIJ.to(query_IHD.dtype), query_IHD.transpose(0, 1), key_JHD.permute(1, 2, 0))
     return torch.softmax(scores_HIJ, dim=-1)
 
 

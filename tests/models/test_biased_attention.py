@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from prottrans_hpc.models import attention
+from prottrans_hpc.models import attention, biased_attention
 from prottrans_hpc.models.biased_attention import bias_of, biased_score, choose, prepare_biased, prepare_cross, sum_of_distances
 
 LENGTHS = {"mixed": [30, 5, 77, 30, 140, 2, 64], "one": [129], "shortest": [1, 1, 3], "block borders": [128, 127, 1, 129]}
@@ -36,13 +36,21 @@ def test_the_matrix_of_a_sequence_is_a_view_of_the_distances_and_sums_go_back():
     assert matrix.untyped_storage().data_ptr() == bias.untyped_storage().data_ptr()
     assert matrix[1].flip(0).tolist() == [[key - query for key in range(4)] for query in range(4)]
     assert sum_of_distances(torch.ones(3, 4, 4)).tolist() == [[1, 2, 3, 4, 3, 2, 1]] * 3
+    assert sum_of_distances(torch.ones(1, 2, 4)).tolist() == [[1, 2, 2, 2, 1]]
     other = torch.randn(2, 4, 4)
     assert torch.allclose((bias_of(bias, 4) * other).sum(), (bias[:, 3:10] * sum_of_distances(other)).sum())
 
 
+@pytest.fixture(params=[None, 20_000, 300, 1], ids=["one block", "a head a block", "rows of a head", "a row"])
+def room(request, monkeypatch):
+    """Numbers of a block of scores."""
+    if request.param:
+        monkeypatch.setattr(biased_attention, "_ROOM", request.param)
+
+
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
-def test_products_agree_with_the_dense_definition(lengths, causal):
+def test_products_agree_with_the_dense_definition(lengths, causal, room):
     assert largest_difference(outcome("products", lengths, causal=causal), outcome("dense", lengths, causal=causal)) <= 2e-5
 
 
@@ -57,7 +65,7 @@ def test_the_fused_kernel_agrees_where_nothing_is_trained(lengths, causal):
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_gradients_pass_a_numerical_check(causal):
+def test_gradients_pass_a_numerical_check(causal, room):
     parts, bias, cu_seqlens = packed([3, 5, 1], width=4, dtype=torch.float64)
 
     def attend(query, key, value, bias):
@@ -66,7 +74,8 @@ def test_gradients_pass_a_numerical_check(causal):
     assert torch.autograd.gradcheck(attend, (*parts, bias))
 
 
-def test_dropping_weights_leaves_the_mean_and_passes_a_numerical_check():
+def test_dropping_weights_leaves_the_mean_and_passes_a_numerical_check(monkeypatch):
+    monkeypatch.setattr(biased_attention, "_ROOM", 10)  # two rows of a head, of the longest one
     parts, bias, cu_seqlens = packed([3, 5, 1], width=4, dtype=torch.float64)
 
     def attend(query, key, value, bias):
