@@ -24,6 +24,8 @@ from hypothesis import settings
 
 # Several ranks share a few cores here; threads of their own would only fight. Set before anything imports torch.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Two tests at a time share the cores: threads that spin while they wait would take them from the other.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # A batch job or an MPI program that runs the tests must not be mistaken for the ranks that a test starts.
 for _name in [name for name in os.environ if name.startswith(("SLURM_", "OMPI_", "PMIX_", "PRTE_", "JSM_", "HOROVOD_", "PROTTRANS_"))]:
     del os.environ[_name]

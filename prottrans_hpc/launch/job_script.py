@@ -121,6 +121,9 @@ def _environment_lines(job: Job) -> list[str]:
         "PROTTRANS_NONCE=$(od -An -N16 -tx1 /dev/urandom | tr -d ' \\n')",
         "export PROTTRANS_NONCE",
     ]
+    if job.machine.scheduler == "local":
+        lines.append("# Others use this computer, too: a thread that waits for its mates gives its core away.")
+        lines.append('export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"')
     if job.allocation.gpus_per_rank == 0:
         lines += ["# The machine profile has no GPUs: ranks must not share one that happens to be there.", "export CUDA_VISIBLE_DEVICES="]
     return lines
