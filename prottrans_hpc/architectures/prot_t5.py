@@ -154,7 +154,7 @@ _SIZES = {
         reference="this project: study size for two CPU cores",
     ),
     "tiny": Size(
-        shape=T5Shape(num_layers=2, num_decoder_layers=2, hidden_size=64, intermediate_size=256, num_heads=4, head_size=16),
+        shape=T5Shape(num_layers=2, num_decoder_layers=2, hidden_size=64, intermediate_size=256, num_heads=4, head_size=16, initializer_factor=0.3),
         reference="this project: one-minute twin for the demo and the tests",
     ),
 }
