@@ -11,6 +11,8 @@ export OMP_NUM_THREADS=4
 # With it the ranks of this start know one another from strangers.
 PROTTRANS_NONCE=$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')
 export PROTTRANS_NONCE
+# Others use this computer, too: a thread that waits for its mates gives its core away.
+export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"
 # The machine profile has no GPUs: ranks must not share one that happens to be there.
 export CUDA_VISIBLE_DEVICES=
 
