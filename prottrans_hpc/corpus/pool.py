@@ -7,23 +7,17 @@ the others and its error is raised; a worker that dies ends the whole command, w
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
-import ctypes
-import multiprocessing
-import os
-import signal
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, NoReturn, Protocol, TypeVar
 
 from .. import terminal
-from ..errors import ProttransError, ResourceError, exit_code, explain, missing_package
+from ..errors import ResourceError, exit_code, explain, missing_package
+from .workers import Workers, sendable
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
-_PR_SET_PDEATHSIG = 1
 SMALL = 16e6
 """Work of less cost (bytes, residues or records) is done before a new process would have started."""
 
@@ -54,47 +48,25 @@ class ThisProcess:
 
 
 class LocalProcesses:
-    """Processes of this computer, started afresh (spawned) so that no state of ours is copied into them."""
+    """Processes of this computer."""
 
     def __init__(self, num_workers: int) -> None:
         self.num_workers = num_workers
-        context = multiprocessing.get_context("spawn")
-        self._executor = concurrent.futures.ProcessPoolExecutor(num_workers, mp_context=context, initializer=_die_with_parent, initargs=(os.getpid(),))
+        self._workers = Workers(num_workers)
 
     def run(self, function: Callable[[Task], Result], tasks: Sequence[Task], *, costs: Sequence[float], advance: terminal.Advance) -> list[Result]:
         """See Pool."""
         if len(tasks) < 2 or sum(costs) < SMALL:
             return ThisProcess().run(function, tasks, costs=costs, advance=advance)
-        try:
-            futures = [self._executor.submit(function, task) for task in tasks]
-            cost_of = dict(zip(futures, costs, strict=True))
-            for future in concurrent.futures.as_completed(futures):
-                future.result()
-                advance(cost_of[future])
-            return [future.result() for future in futures]
-        except BrokenProcessPool as error:
-            raise ResourceError(
-                "a worker process died before its work was done: killed, or out of memory (see the kernel's log); "
-                "run the same command again, with fewer --workers if memory was short"
-            ) from error
+        results: dict[int, Result] = {}
+        for i, result in self._workers.run(function, tasks):
+            results[i] = result
+            advance(costs[i])
+        return [results[i] for i in range(len(tasks))]
 
     def close(self, *, kill: bool) -> None:
         """End the workers; `kill` does not wait for what they are doing."""
-        workers = list((self._executor._processes or {}).values())  # no public way to end a running task before 3.14
-        if kill:
-            for worker in workers:
-                worker.kill()
-        self._executor.shutdown(cancel_futures=True)
-
-
-def _die_with_parent(parent: int) -> None:
-    # Workers of a killed command would wait for tasks for ever. Linux only; elsewhere nothing is lost but this.
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
-    # The main process decides what an interrupt means, and ends us.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+        self._workers.close(kill=kill)
 
 
 class MpiRanks:
@@ -148,17 +120,9 @@ def _run_share(
         except Exception as error:
             with contextlib.suppress(OSError):
                 stop_file.touch()
-            return done, (i, _sendable(error))
+            return done, (i, sendable(error))
         advance(i)
     return done, None
-
-
-def _sendable(error: Exception) -> Exception:
-    """The error itself where it can travel between ranks, else its text under the same exit code."""
-    if isinstance(error, (ProttransError, OSError, MemoryError)):
-        error.__cause__ = None
-        return error
-    return RuntimeError(f"{type(error).__name__}: {error}")
 
 
 def _serve(comm: Any) -> NoReturn:
