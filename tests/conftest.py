@@ -278,6 +278,13 @@ def _no_gpu() -> str | None:
 _OBSTACLES: dict[str, Callable[[], str | None]] = {"mpi": _no_mpirun, "horovod": _no_horovod, "gpu": _no_gpu}
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Say at once what failed: a run that is cut off never comes to its summary."""
+    if report.failed and "PYTEST_XDIST_WORKER" not in os.environ:
+        print(f"\nFAILED {report.nodeid} ({report.when}, {report.duration:.0f} s)\n{str(report.longrepr)[-3000:]}", file=sys.__stderr__, flush=True)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip, with the reason, what this machine lacks the means for."""
     for marker, obstacle in _OBSTACLES.items():
