@@ -37,6 +37,7 @@ def test_a_chain_trains_to_the_end_and_cancels_what_is_left(
     cluster.wait(lambda: run.events("cancelled_rest"), "the end of the chain")
     (cut,) = run.events("cancelled_rest")
     assert (cut["job_id"], cut["cancelled"], cut["reason"]) == (third, [fourth], "the work is done")
+    cluster.wait_ended(third)  # its script goes on for a moment after that
     assert cluster.states(run.job_ids) == {first: State.FAILED, second: State.FAILED, third: State.DONE, fourth: State.CANCELLED}
     same(run.outcome(), undisturbed)
     # Submitted once more, it starts no rank and its chain is over at once.
