@@ -9,7 +9,7 @@ SHELL := /bin/bash
 
 VENV ?= .venv
 PYTEST ?= $(VENV)/bin/python -m pytest
-WORKERS ?= 2
+WORKERS ?= 3
 FAULTS ?= 20
 SEED ?= 1
 MINUTES ?= 60

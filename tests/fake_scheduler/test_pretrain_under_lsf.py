@@ -222,7 +222,7 @@ def test_ranks_that_hear_nothing_are_killed_after_the_walltime_and_the_next_job_
     assert pretraining.lsf.wait(second, "EXIT")["exit_code"] == 75, pretraining.log
 
 
-@pytest.mark.parametrize("how", ["brequeue", "preempt", "host failure"])
+@pytest.mark.parametrize("how", ["brequeue", pytest.param("preempt", marks=pytest.mark.slow), pytest.param("host failure", marks=pytest.mark.slow)])
 def test_a_job_that_is_queued_again_resumes_under_its_id(pretraining: Pretraining, how: str) -> None:
     (job,) = pretraining.submit("--queue", "killable", "--set", "checkpoint.every_steps=2")
     pretraining.lsf.wait_for(lambda: pretraining.saved() >= 2, f"a checkpoint:\n{pretraining.log}")

@@ -73,7 +73,7 @@ LAYOUTS = {
 
 @pytest.mark.parametrize(
     ("case", "layout"),
-    [*((case, "whole") for case in CASES), ("parameter", "full"), ("parameter", "both")],
+    [*((case, "whole") for case in CASES), ("parameter", "full"), pytest.param("parameter", "both", marks=pytest.mark.slow)],
 )
 def test_a_poisoned_step_is_traced(tmp_path, make_run, start_ranks, history, prottrans, case, layout) -> None:
     (poison, expected), (num_ranks, settings) = CASES[case], LAYOUTS[layout]
@@ -94,7 +94,7 @@ def test_a_poisoned_step_is_traced(tmp_path, make_run, start_ranks, history, pro
         assert f"step 3 skipped, non-finite numbers: computed again it is not finite again; rank 1 on {host}, first layers.1.value.weight, samples" in shown
 
 
-@pytest.mark.parametrize("layout", ["hybrid", "tensor"])
+@pytest.mark.parametrize("layout", ["hybrid", pytest.param("tensor", marks=pytest.mark.slow)])
 def test_a_loss_that_is_not_finite_again_is_traced_to_its_rank(tmp_path, make_run, start_ranks, history, layout) -> None:
     num_ranks, settings = LAYOUTS[layout]
     folder = make_run(tmp_path / "run", "validation.every_steps=0", *settings, num_ranks=num_ranks, stop_after_step=4)

@@ -52,7 +52,7 @@ def ranks_of(starter: subprocess.Popen[bytes]) -> list[psutil.Process]:
 
 @pytest.mark.horovod
 @pytest.mark.mpi
-@pytest.mark.parametrize("compression", ["fp16", "bf16"])
+@pytest.mark.parametrize("compression", [pytest.param("fp16", marks=pytest.mark.slow), "bf16"])
 def test_horovod_takes_the_steps_of_the_torch_back_end_and_a_killed_run_goes_on_with_them(tmp_path, make_run, start_ranks, outcome, same, compression):
     settings = (f"parallel.compression={compression}", "checkpoint.every_steps=3")
     by_torch = make_run(tmp_path / "torch", *settings)

@@ -67,7 +67,7 @@ def test_a_run_with_lanes_leaves_their_memory(tmp_path, make_lanes, start_ranks,
     assert lines[0]["num_targets"] <= 12 * 48 and lines[-1]["samples"] == sum(line["num_sequences"] for line in lines)
 
 
-@pytest.mark.parametrize("num_ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("num_ranks", [pytest.param(number, marks=pytest.mark.slow) for number in (1, 2)])
 def test_killed_and_resumed_is_bitwise_the_straight_run(num_ranks, tmp_path, make_lanes, start_ranks, straight, outcome, same, remembered):
     expected, memory = straight(start_ranks, num_ranks)
     folder = make_lanes(tmp_path / "run", "checkpoint.every_steps=1", num_ranks=num_ranks)

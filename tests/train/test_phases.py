@@ -16,7 +16,7 @@ def phases(state: str, optimizer: str = "lamb") -> tuple[str, ...]:
     return (f"phases=[{{{one}}},{{{one},optimizer_state='{state}'}}]", f"optimizer.name={optimizer}")
 
 
-@pytest.mark.parametrize("optimizer", ["lamb", "adamw"])
+@pytest.mark.parametrize("optimizer", [pytest.param("lamb", marks=pytest.mark.slow), "adamw"])
 def test_moments_are_dropped_at_the_border_however_often_the_run_stops_there(
     optimizer: str, tmp_path: Path, make_run: Callable[..., Path], start_ranks: Any, outcome: Callable[[Path], dict[str, Any]], same: Callable[..., None]
 ) -> None:

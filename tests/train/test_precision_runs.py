@@ -46,7 +46,7 @@ def test_the_loss_curve_is_that_of_fp32(precision, tmp_path, make_run, start_ran
     assert [line.get("loss_scale") for line in found["metrics"]] == [65536.0 if LEVELS[precision].scales_loss else None] * 8
 
 
-@pytest.mark.parametrize("precision", ["fp16_o2", "bf16_o3"])
+@pytest.mark.parametrize("precision", ["fp16_o2", pytest.param("bf16_o3", marks=pytest.mark.slow)])
 def test_two_ranks_stopped_and_resumed_are_the_straight_run_to_the_bit(precision, tmp_path, make_run, start_ranks, outcome, same):
     settings = (*QUICK, f"precision={precision}", "loss_scaling.growth_every=3")
     straight = make_run(tmp_path / "straight", *settings)

@@ -46,8 +46,8 @@ def _same_to_tolerance(found: dict[str, Any], expected: dict[str, Any], loss: fl
         ("tiny_prot_albert", "bf16_o2", 2, FULL),
         ("tiny_prot_t5", "fp16_o2", 4, (*FULL, *TENSOR, *OVERFLOWS)),
         ("tiny_prot_xlnet", "bf16_o2", 2, TENSOR),
-        ("tiny_prot_bert", "bf16_o3", 4, COPIES),
-        ("tiny_prot_txl", "fp16_o3", 2, TENSOR),
+        pytest.param("tiny_prot_bert", "bf16_o3", 4, COPIES, marks=pytest.mark.slow),
+        pytest.param("tiny_prot_txl", "fp16_o3", 2, TENSOR, marks=pytest.mark.slow),
     ],
 )
 def test_a_cut_model_trains_as_a_whole_one(
