@@ -19,6 +19,7 @@ import contextlib
 import faulthandler
 import logging
 import os
+import signal
 import threading
 import time
 from collections.abc import Sequence
@@ -82,12 +83,17 @@ class Watchdog:
 
     def __enter__(self) -> Watchdog:
         self._log = os.open(self._run_dir.node_log(self._node), os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        # For code that never gives up the interpreter's lock, in which the thread could say nothing: a signal stops the main thread, and its
+        # own stack alone is shown. (faulthandler's timer shows those of running threads, and a rank that was only suspended could crash of it.)
+        faulthandler.register(signal.SIGALRM, file=self._log, all_threads=False)
         self._thread.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._over.set()
         self._thread.join(_LEAVING_S)
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        faulthandler.unregister(signal.SIGALRM)
         if not self._thread.is_alive():  # else it waits for a disk that hangs
             os.close(self._log)
 
@@ -98,13 +104,10 @@ class Watchdog:
                     self._watch_hang(HERE.moved)
         except Exception:  # a daemon thread would end without a word, and the hang with it
             _log.warning("nobody watches this rank any more", exc_info=True)
-        finally:
-            faulthandler.cancel_dump_traceback_later()
 
     def _rest(self) -> bool:
         """Wait for a moment; True when training is over."""
-        # For code that never gives up the interpreter's lock, in which this thread could say nothing.
-        faulthandler.dump_traceback_later(self._limits.speak_s + self._limits.poll_s, file=self._log)
+        signal.setitimer(signal.ITIMER_REAL, self._limits.speak_s + self._limits.poll_s)
         return self._over.wait(self._limits.poll_s)
 
     def _watch_hang(self, since: float) -> None:

@@ -1,11 +1,12 @@
 """A rank whose forward pass stands still on purpose: stands in for `python -m prottrans_hpc pretrain`.
 
 stuck_rank.py RUN_DIR, with STUCK='{"rank": 1, "step": 4, "seconds": 600}' in the environment. With "in" = "validation" the
-rank stands still in validation after that step instead.
+rank stands still in validation after that step instead; with "holding" true it keeps the interpreter's lock meanwhile.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import sys
@@ -31,7 +32,10 @@ def forward(self: Any, batch: Any) -> Any:
 def stand_still() -> None:
     if not once:
         once.append(1)
-        time.sleep(STUCK["seconds"])
+        if STUCK.get("holding"):
+            ctypes.PyDLL(None).sleep(STUCK["seconds"])  # PyDLL keeps the lock
+        else:
+            time.sleep(STUCK["seconds"])
 
 
 preemption.install()

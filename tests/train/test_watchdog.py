@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import time
 from dataclasses import replace
@@ -170,6 +171,15 @@ def test_a_long_validation_is_no_hang(tmp_path, make_run, start_ranks, history) 
     assert not [event for event in history(folder) if event["event"] == "hang" and "validation" in event["what"]]
     assert not list((folder / "logs").glob("stacks-*"))
     assert "goes on after" in (folder / "logs" / "node-0000.log").read_text()
+
+
+def test_code_that_keeps_the_interpreters_lock_is_shown_in_the_log_and_the_rank_goes_on(tmp_path, make_run, start_ranks, history) -> None:
+    settings = ("validation.every_steps=0", "parallel.timeout_s=120", "health.hang_fraction=0.025")
+    folder = make_run(tmp_path / "run", *settings, num_ranks=1, stop_after_step=5)
+    start_ranks(folder, 1, main=STUCK, env={"STUCK": json.dumps({"rank": 0, "step": 4, "seconds": 8, "holding": True})}).end(0)
+    log = (folder / "logs" / "node-0000.log").read_text()
+    assert re.search(r"Stack \(most recent call first\):\n(.*\n)*?.*in stand_still", log)
+    assert (history(folder)[-1]["event"], history(folder)[-1]["step"]) == ("stop", 5)
 
 
 def test_a_rank_that_is_alone_and_stands_still_is_ended_with_75_and_the_next_start_goes_on(tmp_path, make_run, start_ranks, history, prottrans) -> None:
