@@ -28,7 +28,7 @@ test: ## Set up, build Horovod once, install Slurm and a browser for the tests t
 	scripts/horovod.sh --if-possible
 	scripts/cluster.sh
 	scripts/browser.sh
-	OMP_NUM_THREADS=1 $(PYTEST) -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(PYTEST) -n $(WORKERS) --dist loadfile --max-worker-restart 0 $(PYTEST_ARGS)
 
 nightly: ## The tests that repeat others many times
 	@scripts/setup.sh test
